@@ -1,0 +1,403 @@
+"""The configuration: one schema, one loader, every mistake reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from r3.errors import ConfigError
+
+_ENTRY_POINT = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+PACKAGED = Path(__file__).parent / "configs"
+
+
+def _entry_point(value: object) -> object:
+    if isinstance(value, str) and not _ENTRY_POINT.match(value):
+        raise ValueError(f"{value!r} is not of the form 'package.module:name'")
+    return value
+
+
+EntryPoint = Annotated[str, BeforeValidator(_entry_point)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, unknown keys are errors, field docstrings are the help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and how long it is."""
+
+    name: str = Field("grpo-qwen3moe", pattern=r"^[\w.-]+$")
+    """Name of the run; part of the default directory and the W&B run name."""
+    dir: Path | None = None
+    """Run directory; default `runs/<name>-<time>/` under the current directory. Must be absolute under a Ray job."""
+    seed: int = Field(0, ge=0)
+    """Seed of prompts, engine sampling and trainer."""
+    steps: int = Field(80, ge=1)
+    """GRPO steps."""
+    eval_every: int = Field(20, ge=0)
+    """Greedy evaluation on held-out prompts before step 1, every N steps and after the last; 0 switches it off."""
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    path: str = "builtin:tiny-qwen3moe"
+    """Hugging Face Qwen3-MoE directory, or `builtin:tiny-qwen3moe` (made, warm-started and cached on first use)."""
+    warm_start_reward: float = Field(0.35, ge=0, lt=1)
+    """Sampled reward at which the supervised warm start of a built-in model stops; 0 keeps random weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: object) -> object:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class TaskConfig(Section):
+    """Prompts and their verifier."""
+
+    kind: Literal["reasoning_gym", "jsonl", "custom"] = "reasoning_gym"
+    """`reasoning_gym`: procedural dataset; `jsonl`: file of `{"prompt", "answer"}` lines; `custom`: own functions."""
+    name: str = "spell_backward"
+    """Name of the reasoning-gym dataset."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the reasoning-gym dataset."""
+    partial_credit: bool = False
+    """Use the reasoning-gym score as it is; by default only a full score counts, as 1."""
+    path: Path | None = None
+    """File of `kind: jsonl`."""
+    prompts: EntryPoint | None = None
+    """Prompt source `module:function` of `kind: custom`: `index -> {"prompt": ..., "answer": ...}`."""
+    reward: EntryPoint | None = None
+    """Own reward `module:function`: `(prompt, response_text) -> float`. Replaces the verifier of any kind."""
+    verifier: Literal["exact", "math"] = "exact"
+    """Verifier of `jsonl` and `custom` without an own reward: stripped text equality, or math-verify."""
+    seed: int = Field(1, ge=0)
+    """Seed of the procedural dataset."""
+    heldout_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of questions (by hash of their text) that is kept for evaluation and never trained on."""
+    eval_prompts: int = Field(128, ge=1)
+    """Held-out prompts per evaluation."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> TaskConfig:
+        if self.kind == "jsonl" and self.path is None:
+            raise ValueError("task.kind is jsonl, but task.path is not set; name the file")
+        if self.kind == "custom" and self.prompts is None:
+            raise ValueError("task.kind is custom; set task.prompts to 'module:function'")
+        return self
+
+
+class RolloutConfig(Section):
+    """Rollout actors and their engine."""
+
+    engine: str = "sglang"
+    """Engine adapter: `sglang`, or `module:Class` of your own."""
+    workers: int = Field(1, ge=1)
+    """Rollout actors, each with an engine of its own."""
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs per rollout actor; 0 runs the engine on the CPU."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Dtype of the engine's weights."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts per GRPO step; each is sampled `grpo.group_size` times."""
+    max_new_tokens: int = Field(12, ge=1)
+    """Longest response, in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature, applied to the log-probs of both engine and trainer."""
+    top_p: float = 1.0
+    """Must stay 1: a truncated distribution has no log-prob that the trainer can recompute."""
+    top_k: int = -1
+    """Must stay -1, as top_p."""
+    min_p: float = 0.0
+    """Must stay 0, as top_p."""
+    repetition_penalty: float = 1.0
+    """Must stay 1, as top_p."""
+    presence_penalty: float = 0.0
+    """Must stay 0, as top_p."""
+    frequency_penalty: float = 0.0
+    """Must stay 0, as top_p."""
+    logit_processor: str | None = None
+    """Must stay unset, as top_p."""
+    max_running_requests: int = Field(256, ge=1)
+    """Requests that the engine runs at once."""
+    max_total_tokens: int | None = Field(32_768, ge=64)
+    """KV slots of the engine; null lets the engine size them from its memory fraction (GPU)."""
+    mem_fraction: float = Field(0.5, gt=0, lt=1)
+    """Share of the GPU's memory that the engine takes (weights and KV)."""
+    start_timeout_s: float = Field(600, gt=0)
+    """Longest engine start, in seconds."""
+    timeout_s: float = Field(600, gt=0)
+    """Longest generation or weight update call, in seconds."""
+    max_failures: int = Field(3, ge=0)
+    """Dead rollout actors that a run replaces before it gives up."""
+    engine_args: dict[str, Any] = {}
+    """Further engine arguments (SGLang `ServerArgs`); those that break capture or the sampling contract are refused."""
+
+    @model_validator(mode="after")
+    def _sampled_distribution(self) -> RolloutConfig:
+        neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+                   "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_processor": None}  # fmt: skip
+        changed = [
+            f"rollout.{key}={getattr(self, key)!r}" for key, value in neutral.items() if getattr(self, key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: the recorded log-probs would not be those of the sampled distribution, "
+                "so training rollouts may change the temperature only"
+            )
+        return self
+
+
+class RoutingConfig(Section):
+    """Capture of routed experts."""
+
+    capture: bool = True
+    """Record the experts of every training rollout."""
+    on_error: Literal["fail", "drop_sample"] = "fail"
+    """A sample whose record is missing or malformed: stop the run, or leave the sample out and count it."""
+
+
+class ReplayConfig(Section):
+    """What the trainer does with the record."""
+
+    mode: Literal["none", "r3"] = "r3"
+    """`r3`: force the recorded top-k in the old-log-prob and every update pass; `none`: the trainer's own routing."""
+
+
+class TrainerConfig(Section):
+    """Megatron-core trainer ranks and their optimizer."""
+
+    processes: int = Field(1, ge=1)
+    """Trainer ranks (data parallel)."""
+    gpus_per_process: float = Field(0, ge=0)
+    """GPUs per rank; 0 trains on the CPU over gloo."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; bfloat16 keeps fp32 main parameters."""
+    micro_batch_size: int = Field(64, ge=1)
+    """Trajectories per microbatch."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recompute."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate (AdamW)."""
+    lr_warmup_steps: int = Field(5, ge=0)
+    """Optimizer steps of linear warm-up."""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up, over the optimizer steps of the run."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW beta 1."""
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW beta 2."""
+    clip_grad: float = Field(1.0, gt=0)
+    """Gradient norm limit."""
+    start_timeout_s: float = Field(600, gt=0)
+    """Longest start of all ranks, in seconds."""
+    timeout_s: float = Field(1800, gt=0)
+    """Longest training step, in seconds."""
+
+
+class GrpoConfig(Section):
+    """The objective (Group Relative Policy Optimization, arXiv 2402.03300)."""
+
+    group_size: int = Field(8, ge=2)
+    """Samples per prompt."""
+    mini_steps: int = Field(1, ge=1)
+    """Optimizer updates per batch; each takes an equal share of the groups."""
+    advantage: Literal["std", "mean", "leave_one_out"] = "std"
+    """Group baseline: mean, divided by the group's standard deviation; mean only; leave-one-out mean."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = Field(0.2, gt=0)
+    """The ratio is clipped above at 1 + clip_high."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 KL penalty towards the initial model; 0 keeps no reference model."""
+
+
+class WeightsConfig(Section):
+    """Weight transfer from trainer to engines."""
+
+    bucket_mib: int = Field(256, ge=1)
+    """Size of one flattened bucket, in MiB."""
+    flush_timeout_s: float = Field(30, gt=0)
+    """How long a refused cache flush is retried, in seconds."""
+
+
+class MetricsConfig(Section):
+    """Mismatch measurements and their limits."""
+
+    counterfactual_every: int = Field(5, ge=0)
+    """Run the pass without replay on the same batch every N steps (`mismatch_native/*`); 0 switches it off."""
+    canary: bool = True
+    """Prove engine and trainer on a few prompts before the first step."""
+    canary_abs_mean: float = Field(0.5, gt=0)
+    """Largest mean |log-prob difference| under replay that the canary accepts, in nats."""
+    max_k3: float = Field(1.0, gt=0)
+    """Stop the run (exit code 6) when `mismatch/k3` exceeds this."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """Stop the run (exit code 6) after this many optimizer steps in a row with a non-finite gradient."""
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides RUN/metrics.jsonl and the console."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online with an API key, offline without. The environment variable WANDB_MODE wins."""
+    project: str = "r3"
+    """W&B project."""
+    entity: str | None = None
+    """W&B entity; null takes the account's default."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    routing: RoutingConfig = RoutingConfig()
+    replay: ReplayConfig = ReplayConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    weights: WeightsConfig = WeightsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        if self.replay.mode == "r3" and not self.routing.capture:
+            raise ValueError(
+                "replay.mode is r3, but routing.capture is false; capture the routing or set replay.mode: none"
+            )
+        if self.rollout.prompts_per_step % self.grpo.mini_steps:
+            raise ValueError(
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not divisible by "
+                f"grpo.mini_steps={self.grpo.mini_steps}"
+            )
+        if self.rollout.prompts_per_step < self.rollout.workers:
+            raise ValueError(
+                f"rollout.workers={self.rollout.workers} exceeds "
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """Return every key with its resolved value, as YAML that loads back to the same config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Load FILE, apply `key.path=value` overrides and check everything.
+
+    FILE is a path, a name in `./configs`, or a name shipped with the package; None means all defaults. Raises
+    `ConfigError` that lists every wrong key at once, with a suggestion for a misspelt one.
+    """
+    data: dict[str, Any] = _read_yaml(find_config(file)) if file is not None else {}
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(file) if file else "the configuration")) from None
+
+
+def find_config(file: str | Path) -> Path:
+    """Return the first of FILE, `./configs/FILE` and the packaged FILE that exists, else raise `ConfigError`."""
+    names = [Path(file)] if Path(file).suffix else [Path(file), Path(f"{file}.yaml")]
+    candidates = [place / name for name in names for place in (Path(), Path("configs"), PACKAGED)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml"))
+    raise ConfigError(
+        f"no config {str(file)!r}; looked in ., ./configs and the package, which ships {', '.join(shipped)}"
+    )
+
+
+def describe() -> Iterator[tuple[str, str, str]]:
+    """Yield `(key, default, help line)` of every configuration key."""
+    for section, outer in Config.model_fields.items():
+        model = outer.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, Section)
+        for name, field in model.model_fields.items():
+            yield f"{section}.{name}", str(field.default), field.description or ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}; a mapping of sections is required")
+    return data
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value")
+    *sections, last = key.split(".")
+    node = data
+    for section in sections:
+        child = node.setdefault(section, {})
+        if isinstance(child, str) and section == "model":
+            child = node[section] = {"path": child}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {section} is {child!r}, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_suggest(item['loc'])}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = "" if isinstance(item["input"], Mapping | BaseModel) else f" (got {item['input']!r})"
+            lines.append(f"{key}: {message}{value}" if key else message)
+    return f"{source} has {len(lines)} error{'s' if len(lines) > 1 else ''}:\n" + "\n".join(
+        f"  {line}" for line in lines
+    )
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    known = [key for key, _, _ in describe()] + list(Config.model_fields)
+    close = difflib.get_close_matches(".".join(map(str, loc)), known, n=1)
+    if not close:
+        same_name = [key for key in known if key.rpartition(".")[2] == str(loc[-1])]
+        close = same_name[:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def run_directory(config: Config, stamp: str) -> Path:
+    """Return the absolute run directory; `stamp` is the start time in its default name.
+
+    Raises `ConfigError` in a Ray job unless `run.dir` is absolute: a job's current directory is deleted with it.
+    """
+    directory = config.run.dir or Path("runs") / f"{config.run.name}-{stamp}"
+    if not directory.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: a Ray job runs in a temporary directory; set run.dir to an absolute path"
+        )
+    return directory.absolute()

@@ -1,0 +1,188 @@
+"""Every number that R3 reports about mismatch, routers and replay, as pure functions of numpy arrays.
+
+Formulas and keys: docs/metrics.md. Throughout, d_t = log p_train(a_t) - log p_rollout(a_t) over response tokens, in
+nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+EXTREME_RATIOS = (1.2, 1.5, 2.0, 5.0)
+# exp() of a log-ratio beyond 20 only overflows; verl clamps at the same value.
+_MAX_LOG_RATIO = 20.0
+
+
+def mismatch(train: ArrayLike, rollout: ArrayLike, lengths: ArrayLike) -> dict[str, float]:
+    """Return every `mismatch/*` value of METRICS.md for one set of response tokens.
+
+    `train`, `rollout`: `[tokens]` log-probs in nats of the same sampled tokens at the same temperature, sequences one
+    after another. `lengths`: `[sequences]` tokens of each. All sums run in float64, small differences through expm1.
+    An empty set gives an empty dictionary. Sources: R3 paper section 3 (arXiv 2510.11370), verl rollout_corr.
+    """
+    lp_train, lp_rollout = np.asarray(train, np.float64), np.asarray(rollout, np.float64)
+    if not lp_train.size:
+        return {}
+    d = lp_train - lp_rollout
+    size = np.abs(d)
+    return {
+        "k1": float(np.mean(-d)),
+        "k2": float(np.mean(d * d / 2)),
+        "k3": float(np.mean(k3_terms(d))),
+        "abs_mean": float(size.mean()),
+        "abs_p99": float(np.quantile(size, 0.99)),
+        "abs_max": float(size.max()),
+        **{f"extreme_{_name(tau)}": float(np.mean(size > np.log(tau))) for tau in EXTREME_RATIOS},
+        "mult_prob_error": float(np.mean(np.exp(np.minimum(size, _MAX_LOG_RATIO)))),
+        "pearson": pearson(np.exp(lp_train), np.exp(lp_rollout)),
+        **sequence_mismatch(d, np.asarray(lengths, np.int64)),
+    }
+
+
+def k3_terms(d: Floats) -> Floats:
+    """Return exp(d) - 1 - d per token: unbiased for KL(rollout || train) and never negative (Schulman's k3)."""
+    clamped = np.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return np.expm1(clamped) - clamped
+
+
+def sequence_mismatch(d: Floats, lengths: NDArray[np.int64]) -> dict[str, float]:
+    """Return perplexity gap, chi-square and effective sample sizes.
+
+    `d`: `[tokens]` log-ratios; `lengths`: `[sequences]`. `log_ppl_diff`: mean over sequences of the mean of -d
+    (rollout minus train, verl's sign). `chi2_token` = mean(rho^2) - 1. `ess_*` = (sum w)^2 / (n sum w^2) in (0, 1].
+    """
+    lengths = lengths[lengths > 0]
+    sums = np.add.reduceat(d, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    rho = np.exp(np.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    weights = np.exp(np.clip(sums, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    return {
+        "log_ppl_diff": float(np.mean(-sums / lengths)),
+        "chi2_token": float(np.mean(rho * rho) - 1),
+        "ess_token": effective_sample_size(rho),
+        "ess_sequence": effective_sample_size(weights),
+    }
+
+
+def effective_sample_size(weights: Floats) -> float:
+    """Return (sum w)^2 / (n sum w^2), 1 for equal weights and 1/n when one weight carries all."""
+    return float(weights.sum() ** 2 / (len(weights) * np.sum(weights * weights)))
+
+
+def pearson(a: Floats, b: Floats) -> float:
+    """Return the Pearson correlation of two probability vectors; for a constant one, 1 if both are equal, else 0."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt(np.sum(a * a) * np.sum(b * b)))
+    if scale == 0.0:
+        return 1.0 if np.array_equal(a, b) else 0.0
+    return float(np.sum(a * b) / scale)
+
+
+def gain(native: Mapping[str, float], replayed: Mapping[str, float]) -> dict[str, float]:
+    """Return `gain_k3`, native over replayed k3; empty when the divisor is 0."""
+    if not native or not replayed or replayed["k3"] == 0.0:
+        return {}
+    return {"gain_k3": native["k3"] / replayed["k3"]}
+
+
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Return the values under `prefix/key`."""
+    return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCounts:
+    """Sums over the router rows of one pass; adding two gives the sums over both.
+
+    A row is one token position of one trajectory. `disagree` int64 `[layers]`: rows whose own top-k *set* differs from
+    the recorded one; `compared`: rows that were compared (the same in every layer); `disagree_any`: rows that differ in
+    any layer. `overlap` float64 `[3]`: sum over (row, layer) of |own & recorded| / k with the record shifted by -1, 0,
+    +1 positions, `overlap_pairs` int64 `[3]` their number. `mismatched_ids`: recorded ids that replay left out.
+    `required`: rows that a trained token's log-prob depends on and that the engine captured; `replayed`: those of them
+    that were forced; `native`: rows on the model's own routing; `missing`: required rows without a record; `pads`.
+    """
+
+    disagree: NDArray[np.int64]
+    overlap: Floats
+    overlap_pairs: NDArray[np.int64]
+    compared: int = 0
+    disagree_any: int = 0
+    mismatched_ids: int = 0
+    required: int = 0
+    replayed: int = 0
+    native: int = 0
+    missing: int = 0
+    pads: int = 0
+
+    @classmethod
+    def zero(cls, layers: int) -> RouterCounts:
+        """Return the sums over no row at all, for a model with that many MoE layers."""
+        return cls(np.zeros(layers, np.int64), np.zeros(3, np.float64), np.zeros(3, np.int64))
+
+    def __add__(self, other: RouterCounts) -> RouterCounts:
+        return RouterCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def disagreement(counts: RouterCounts, kind: str, layers: Sequence[int]) -> dict[str, float]:
+    """Return `router/<kind>_disagree_*` of one pass; `kind`: `native` (no replay), `shadow` (inside the replayed pass).
+
+    `layers`: global index of each MoE layer. The shares lie in [0, 1]; R3 paper: about 0.1 and 0.94 natively for
+    Qwen3-30B-A3B.
+    """
+    if not counts.compared:
+        return {}
+    pairs = counts.compared * len(counts.disagree)
+    values = {
+        f"router/{kind}_disagree_token_layer": float(counts.disagree.sum() / pairs),
+        f"router/{kind}_disagree_token": counts.disagree_any / counts.compared,
+    }
+    for layer, differing in zip(layers, counts.disagree, strict=True):
+        values[f"router/{kind}_disagree_layer/{layer}"] = float(differing / counts.compared)
+    return values
+
+
+def lag_overlap(counts: RouterCounts) -> dict[str, float]:
+    """Return `router/lag0_overlap` and `router/lag_margin`: a record shifted by one row shows as a negative margin."""
+    if not counts.overlap_pairs.all():
+        return {}
+    before, here, after = (float(value) for value in counts.overlap / counts.overlap_pairs)
+    return {"router/lag0_overlap": here, "router/lag_margin": here - max(before, after)}
+
+
+def replay_health(counts: RouterCounts) -> dict[str, float]:
+    """Return coverage (1 under replay), the row classes as shares of all rows, and mismatched ids (0)."""
+    total = counts.replayed + counts.native + counts.pads
+    if not total:
+        return {}
+    return {
+        "router/coverage": counts.replayed / counts.required if counts.required else 1.0,
+        "router/native_rows": counts.native / total,
+        "router/missing_rows": counts.missing / total,
+        "router/pad_rows": counts.pads / total,
+        "router/mismatched_ids": float(counts.mismatched_ids),
+    }
+
+
+def load_max_over_mean(experts: NDArray[np.unsignedinteger], num_experts: int) -> float:
+    """Return the largest over the mean expert load of routing `[rows, layers, k]`, worst layer; 1 is balanced."""
+    rows, layers, k = experts.shape
+    loads = [np.bincount(experts[:, layer].reshape(-1), minlength=num_experts) for layer in range(layers)]
+    return max(float(load.max()) for load in loads) * num_experts / (rows * k)
+
+
+def bootstrap_interval(
+    values: Floats, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of `values` `[n]` (one value per independent sequence)."""
+    generator = np.random.default_rng(seed)
+    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _name(tau: float) -> str:
+    return f"{tau:g}".replace(".", "p")

@@ -1,0 +1,306 @@
+"""What crosses a process seam: frozen dataclasses of numpy arrays and plain values, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r3.errors import ConfigError, RoutingError
+from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, expert_dtype
+
+Finish = Literal["stop", "length", "abort"]
+WeightVersion = int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The facts of a Mixture-of-Experts checkpoint that engine and trainer must agree on.
+
+    `moe_layers`: global index of every layer that has a router, ascending. `fingerprint`: sha256 over all other fields;
+    it travels with every trajectory.
+    """
+
+    model_type: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest (16 digits) over all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> ModelSpec:
+        """Read `config.json` of a Hugging Face checkpoint directory; raise `ConfigError` when it is not a known MoE."""
+        path = Path(directory) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path} does not exist; model.path must be a Hugging Face checkpoint directory"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not JSON: {error}") from error
+        return cls.from_hf_config(config, source=str(path))
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, object], source: str = "config.json") -> ModelSpec:
+        """Derive the spec from the contents of a Hugging Face `config.json`; raise `ConfigError` unless Qwen3-MoE."""
+        model_type = config.get("model_type")
+        if model_type != "qwen3_moe":
+            raise ConfigError(f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe'")
+
+        def integer(key: str, default: int | None = None) -> int:
+            value = config.get(key, default)
+            if not isinstance(value, int):
+                raise ConfigError(f"{source}: {key} is {value!r}; an integer is required")
+            return value
+
+        num_layers = integer("num_hidden_layers")
+        sparse_step = integer("decoder_sparse_step", 1)
+        dense = config.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise ConfigError(f"{source}: mlp_only_layers is {dense!r}; a list is required")
+        # Transformers 5 saves `num_local_experts`; published Qwen3-MoE checkpoints say `num_experts`.
+        num_experts = integer("num_local_experts" if "num_local_experts" in config else "num_experts")
+        moe_layers = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % sparse_step == 0)
+        if not moe_layers or num_experts < 1:
+            raise ConfigError(f"{source} has no MoE layer; router replay needs a Mixture-of-Experts model")
+        return cls(
+            model_type=model_type,
+            num_layers=num_layers,
+            moe_layers=moe_layers,
+            num_experts=num_experts,
+            top_k=integer("num_experts_per_tok"),
+            hidden_size=integer("hidden_size"),
+            vocab_size=integer("vocab_size"),
+        )
+
+    def routing_bytes(self, tokens: int) -> int:
+        """Bytes of routing record for `tokens` rows."""
+        return tokens * len(self.moe_layers) * self.top_k * expert_dtype(self.num_experts).itemsize
+
+    def require_same(self, other: ModelSpec, ours: str, theirs: str) -> None:
+        """Raise `ConfigError` that lists every differing field unless `other` describes the same model."""
+        mine, yours = asdict(self), asdict(other)
+        differing = [f"{key}: {ours} {mine[key]!r}, {theirs} {yours[key]!r}" for key in mine if mine[key] != yours[key]]
+        if differing:
+            raise ConfigError(f"{ours} and {theirs} hold different models ({'; '.join(differing)})")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question. `payload` is the task's own entry as JSON, which its verifier may need."""
+
+    index: int
+    text: str
+    answer: str
+    payload: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One sampled answer with everything that training needs of it.
+
+    `tokens`: int32 `[S]`, prompt and response through the stop token. `logprobs`: float32 `[S - prompt_len]`, nats, of
+    the distribution that was sampled (temperature applied). `group`: index of the prompt within the step; `member`: of
+    the sample within the group. `routing` is None for evaluation, which is never trained on.
+    """
+
+    group: int
+    member: int
+    tokens: TokenIds
+    prompt_len: int
+    logprobs: NDArray[np.float32]
+    routing: RoutingTrace | None
+    reward: float
+    finish: Finish
+    weight_version: WeightVersion
+    fingerprint: str
+
+    @property
+    def response_len(self) -> int:
+        """Number of sampled tokens."""
+        return len(self.tokens) - self.prompt_len
+
+
+class SampleFacts(NamedTuple):
+    """What the driver keeps of a trajectory; the heavy part stays in the object store."""
+
+    group: int
+    member: int
+    reward: float
+    finish: Finish
+    prompt_tokens: int
+    response_tokens: int
+    weight_version: WeightVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Trajectories of one rollout call, packed into flat arrays with offset tables: one object, a few large buffers.
+
+    `tokens` int32 `[sum S]` with `token_offsets` int64 `[n + 1]`; `logprobs` float32 `[sum (S - prompt_len)]`
+    with `logprob_offsets`; `experts` `[sum rows, layers, k]` (see `RoutingTrace`) with `row_offsets` int64 `[n + 1]`,
+    where a trajectory without routing has no rows. Ray maps the arrays read-only into every reader on the node, so
+    `trajectory(i)` copies nothing.
+    """
+
+    tokens: TokenIds
+    token_offsets: NDArray[np.int64]
+    prompt_lens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    logprob_offsets: NDArray[np.int64]
+    rewards: NDArray[np.float32]
+    groups: NDArray[np.int32]
+    members: NDArray[np.int32]
+    finishes: tuple[Finish, ...]
+    weight_versions: NDArray[np.int32]
+    fingerprint: str
+    experts: ExpertIds | None
+    row_offsets: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+    spans: tuple[tuple[Span, ...], ...]
+    layers: tuple[int, ...]
+    num_experts: int
+    engine: str
+    provenance: Provenance
+
+    @classmethod
+    def pack(cls, trajectories: Sequence[Trajectory]) -> Batch:
+        """Pack trajectories of one model and engine; raise `RoutingError` when their records do not fit together."""
+        traces = [t.routing for t in trajectories if t.routing is not None]
+        kinds = {(r.layers, r.num_experts, r.top_k, r.engine, r.provenance) for r in traces}
+        if len(kinds) > 1 or len({t.fingerprint for t in trajectories}) > 1:
+            raise RoutingError(
+                f"trajectories of different models or engines cannot be packed together: {sorted(kinds)}"
+            )
+        layers, num_experts, _, engine, provenance = kinds.pop() if kinds else ((), 1, 0, "", "unknown")
+        return cls(
+            tokens=np.concatenate([np.empty(0, np.int32), *(t.tokens for t in trajectories)]),
+            token_offsets=_offsets([len(t.tokens) for t in trajectories]),
+            prompt_lens=np.array([t.prompt_len for t in trajectories], dtype=np.int32),
+            logprobs=np.concatenate([np.empty(0, np.float32), *(t.logprobs for t in trajectories)]),
+            logprob_offsets=_offsets([t.response_len for t in trajectories]),
+            rewards=np.array([t.reward for t in trajectories], dtype=np.float32),
+            groups=np.array([t.group for t in trajectories], dtype=np.int32),
+            members=np.array([t.member for t in trajectories], dtype=np.int32),
+            finishes=tuple(t.finish for t in trajectories),
+            weight_versions=np.array([t.weight_version for t in trajectories], dtype=np.int32),
+            fingerprint=trajectories[0].fingerprint if trajectories else "",
+            experts=np.concatenate([r.experts for r in traces]) if traces else None,
+            row_offsets=_offsets([t.routing.rows if t.routing else 0 for t in trajectories]),
+            crc32=np.array([t.routing.crc32 if t.routing else 0 for t in trajectories], dtype=np.uint32),
+            spans=tuple(t.routing.spans if t.routing else () for t in trajectories),
+            layers=layers,
+            num_experts=num_experts,
+            engine=engine,
+            provenance=provenance,
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_lens)
+
+    @property
+    def routing_bytes(self) -> int:
+        """Bytes of routing in this object."""
+        return 0 if self.experts is None else int(self.experts.nbytes)
+
+    def trajectory(self, i: int) -> Trajectory:
+        """Return trajectory `i` as views into the packed arrays."""
+        begin, end = int(self.token_offsets[i]), int(self.token_offsets[i + 1])
+        return Trajectory(
+            group=int(self.groups[i]),
+            member=int(self.members[i]),
+            tokens=self.tokens[begin:end],
+            prompt_len=int(self.prompt_lens[i]),
+            logprobs=self.logprobs[int(self.logprob_offsets[i]) : int(self.logprob_offsets[i + 1])],
+            routing=self._trace(i),
+            reward=float(self.rewards[i]),
+            finish=self.finishes[i],
+            weight_version=int(self.weight_versions[i]),
+            fingerprint=self.fingerprint,
+        )
+
+    def trajectories(self) -> list[Trajectory]:
+        """Return every trajectory, as views."""
+        return [self.trajectory(i) for i in range(len(self))]
+
+    def facts(self) -> tuple[SampleFacts, ...]:
+        """Return the small facts that the driver keeps, in packing order."""
+        return tuple(
+            SampleFacts(t.group, t.member, t.reward, t.finish, t.prompt_len, t.response_len, t.weight_version)
+            for t in self.trajectories()
+        )
+
+    def _trace(self, i: int) -> RoutingTrace | None:
+        begin, end = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
+        if self.experts is None or begin == end:
+            return None
+        return RoutingTrace(
+            experts=self.experts[begin:end],
+            layers=self.layers,
+            num_experts=self.num_experts,
+            spans=self.spans[i],
+            engine=self.engine,
+            provenance=self.provenance,
+            crc32=int(self.crc32[i]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights."""
+
+    step: int
+    weight_version: WeightVersion
+    metrics: Mapping[str, float]
+
+
+class TensorSlot(NamedTuple):
+    """Where one tensor lies in a bucket: Hugging Face name, torch dtype name, shape, byte range `[begin, end)`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBucket:
+    """Some tensors of a model as one run of bytes `[nbytes]` uint8 (bf16 has no numpy dtype, so bytes travel)."""
+
+    slots: tuple[TensorSlot, ...]
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBuckets:
+    """A full set of weights under Hugging Face names, cut into buckets; the `WeightSource` of one host."""
+
+    version: WeightVersion
+    buckets: tuple[WeightBucket, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buckets."""
+        return sum(bucket.data.nbytes for bucket in self.buckets)
+
+
+WeightSource = WeightBuckets | Path
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

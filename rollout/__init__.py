@@ -1,0 +1,1 @@
+"""The rollout process, imported as `r3.rollout`: Ray actor, engine adapters and decoders of recorded routing."""

@@ -1,0 +1,104 @@
+"""Packing loses nothing, copies nothing on the way out, and specs refuse to be mixed up."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from r3.errors import ConfigError, RoutingError
+from r3.types import Batch, ModelSpec
+from tests.unit.strategies import trajectories, trajectory
+
+CONFIG = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 6, "mlp_only_layers": [1], "decoder_sparse_step": 1,
+    "num_experts": 16, "num_experts_per_tok": 4, "hidden_size": 128, "vocab_size": 320,
+}  # fmt: skip
+
+
+@given(trajectories())
+def test_every_trajectory_comes_back_as_it_was_packed(packed):
+    batch = pickle.loads(pickle.dumps(Batch.pack(packed), protocol=5))
+    assert len(batch) == len(packed)
+    for before, after in zip(packed, batch.trajectories(), strict=True):
+        assert np.array_equal(before.tokens, after.tokens)
+        assert np.array_equal(before.logprobs, after.logprobs)
+        assert (before.routing is None) == (after.routing is None)
+        if before.routing is not None:
+            assert np.array_equal(before.routing.experts, after.routing.experts)
+            assert before.routing.spans == after.routing.spans
+            after.routing.validate(len(after.tokens))
+            after.routing.verify(after.tokens)
+        for name in ("group", "member", "prompt_len", "reward", "finish", "weight_version", "fingerprint"):
+            assert getattr(before, name) == getattr(after, name)
+
+
+@given(trajectories())
+def test_facts_follow_the_packing_order(packed):
+    facts = Batch.pack(packed).facts()
+    assert [(f.group, f.member, f.response_tokens) for f in facts] == [
+        (t.group, t.member, t.response_len) for t in packed
+    ]
+
+
+def test_trajectories_are_views_into_the_batch():
+    generator = np.random.default_rng(0)
+    batch = Batch.pack([trajectory(generator, i, 3, 4) for i in range(3)])
+    last = batch.trajectory(2)
+    assert np.shares_memory(last.tokens, batch.tokens)
+    assert np.shares_memory(last.logprobs, batch.logprobs)
+    assert np.shares_memory(last.routing.experts, batch.experts)
+
+
+def test_records_of_different_engines_are_not_packed_together():
+    from dataclasses import replace
+
+    generator = np.random.default_rng(0)
+    first, second = (trajectory(generator, i, 3, 4) for i in range(2))
+    second = replace(second, routing=replace(second.routing, engine="other 2"))
+    with pytest.raises(RoutingError, match="other 2"):
+        Batch.pack([first, second])
+
+
+def test_a_spec_lists_moe_layers_by_global_index(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"decoder_sparse_step": 2}))
+    assert ModelSpec.from_directory(tmp_path).moe_layers == (3, 5)
+
+
+def test_fingerprints_differ_where_models_differ():
+    one = ModelSpec.from_hf_config(CONFIG)
+    assert one.fingerprint == ModelSpec.from_hf_config(dict(CONFIG)).fingerprint
+    for key in ("num_experts", "num_experts_per_tok", "num_hidden_layers", "vocab_size", "hidden_size"):
+        assert ModelSpec.from_hf_config(CONFIG | {key: 8}).fingerprint != one.fingerprint
+
+
+def test_different_models_are_told_apart_field_by_field():
+    one, other = ModelSpec.from_hf_config(CONFIG), ModelSpec.from_hf_config(CONFIG | {"num_experts": 32})
+    with pytest.raises(ConfigError, match="num_experts: engine 16, trainer 32"):
+        one.require_same(other, "engine", "trainer")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"num_experts": None}, "num_experts is None"),
+        ({"mlp_only_layers": [0, 1, 2, 3, 4, 5]}, "no MoE layer"),
+    ],
+)
+def test_models_that_cannot_be_replayed_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelSpec.from_hf_config(CONFIG | change)
+
+
+def test_a_missing_model_directory_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        ModelSpec.from_directory(tmp_path / "nothing")
+
+
+def test_routing_bytes_are_one_per_id_up_to_256_experts():
+    assert ModelSpec.from_hf_config(CONFIG).routing_bytes(10) == 10 * 5 * 4
+    assert ModelSpec.from_hf_config(CONFIG | {"num_experts": 257}).routing_bytes(10) == 2 * 10 * 5 * 4

@@ -1,0 +1,1 @@
+"""The trainer process, imported as `r3.trainer`: Megatron model, replay router, batching, loss and weight export."""
