@@ -1,0 +1,288 @@
+"""SGLang inside the rollout process: stock `sglang.Engine` on a GPU, the same engine over our platform on a CPU."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r3.config import Config
+from r3.errors import ConfigError, EngineError, RoutingError
+from r3.rollout.engine import EngineSpec, Generation, Request, Sampling
+from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
+from r3.rollout.wire import decode_sglang
+from r3.types import Finish, ModelSpec, WeightBucket, WeightSource, WeightVersion
+
+_FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class SglangEngine:
+    """Adapter of one in-process SGLang engine (0.5.17 to 0.5.23; on a CPU 0.5.23).
+
+    `generate` and `load_weights` run the engine's own event loop, so they must be called from the thread that made it.
+    """
+
+    def __init__(self, config: Config, model_dir: str | Path, index: int) -> None:
+        """Start the engine with the weights of `model_dir` as version 0; raise `ConfigError` or `EngineError`."""
+        self._config = config
+        self._model = ModelSpec.from_directory(model_dir)
+        arguments = engine_kwargs(config, str(model_dir), index)
+        check_environment()
+        check_output_layer(model_dir)
+        on_gpu = config.rollout.gpus_per_worker > 0
+        make, release = _gpu_engine() if on_gpu else _cpu_engine()
+        self._name = f"sglang {release}"
+        self._tp_size = int(arguments.get("tp_size", 1))
+        self._version: WeightVersion | None = 0
+        try:
+            self._engine = make(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"rollout.engine_args: {self._name} does not take them ({error})") from error
+        except (RuntimeError, ValueError, AssertionError, OSError) as error:
+            raise EngineError(f"{self._name} did not start: {error}") from error
+
+    def spec(self) -> EngineSpec:
+        """Describe the engine that is running."""
+        config = self._config
+        return EngineSpec(self._model, self._name, config.routing.capture, config.rollout.dtype)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
+        """Answer every request in one batch, in order.
+
+        A record that cannot be decoded is returned as `Generation.defect`. Raises `EngineError` where SGLang refuses
+        the batch, or tokens, log-probs or weight version are not what they must be.
+        """
+        if self._version is None:
+            raise EngineError(f"{self._name} holds half-loaded weights; load a full set first")
+        if not requests:
+            return []
+        try:
+            outputs = self._engine.generate(
+                input_ids=[request.tokens.tolist() for request in requests],
+                sampling_params=_sampling_params(sampling),
+                return_logprob=True,
+                return_routed_experts=capture,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"{self._name} refused {len(requests)} requests: {error}") from error
+        if len(outputs) != len(requests):
+            raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
+        pairs = zip(requests, outputs, strict=True)
+        return [self._generation(i, request, output, capture) for i, (request, output) in enumerate(pairs)]
+
+    def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
+        """Replace all weights from flattened buckets, or from a checkpoint directory, then flush the prefix cache.
+
+        Raises `EngineError` with the engine's own message; until a full load succeeds the engine refuses to generate.
+        """
+        self._version = None
+        if isinstance(source, Path):
+            self._load_directory(source, version)
+        else:
+            with self._update_session():
+                for number, bucket in enumerate(source.buckets):
+                    last = number == len(source.buckets) - 1
+                    self._load_bucket(bucket, version if last else None)
+        self.flush_cache()
+        self._version = version
+
+    def flush_cache(self) -> None:
+        """Drop the prefix cache and wait until SGLang confirms it, at most `weights.flush_timeout_s`.
+
+        SGLang refuses a flush while its scheduler still holds the last batch, which it may for a moment after its
+        answers came back. Rows and KV of old weights must not outlive an update, so a refusal is never accepted.
+        """
+        limit = self._config.weights.flush_timeout_s
+        deadline = time.monotonic() + limit
+        while not self._engine.flush_cache().success:
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{self._name} refused to flush its cache for {limit:g} s (weights.flush_timeout_s): "
+                    "requests are pending"
+                )
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Stop SGLang's processes."""
+        self._engine.shutdown()
+
+    def _generation(self, index: int, request: Request, output: dict[str, Any], capture: bool) -> Generation:
+        """Check one answer of SGLang and turn it into ours."""
+        meta = output["meta_info"]
+        response = np.asarray(output["output_ids"], dtype=np.int32)
+        logprobs = self._logprobs(index, response, meta.get("output_token_logprobs") or [])
+        tokens = np.concatenate([request.tokens, response])
+        finish = self._finish(index, meta)
+        version = self._checked_version(index, meta)
+        routing, defect = None, None
+        if capture and not (finish == "abort" and not len(response)):
+            try:
+                routing = decode_sglang(
+                    meta.get("routed_experts"), tokens, self._model,
+                    request=index, weight_version=version, engine=self._name,
+                )  # fmt: skip
+            except RoutingError as error:
+                defect = error
+        return Generation(
+            tokens=tokens,
+            prompt_len=len(request.tokens),
+            logprobs=logprobs,
+            routing=routing,
+            finish=finish,
+            weight_version=version,
+            cached_tokens=int(meta.get("cached_tokens") or 0),
+            defect=defect,
+        )
+
+    def _logprobs(self, index: int, response: np.ndarray[Any, Any], rows: list[Any]) -> np.ndarray[Any, Any]:
+        """Return log-probs `[R]` float32 of the sampled tokens; SGLang's rows are (log-prob, token id, text)."""
+        if [row[1] for row in rows] != response.tolist():
+            raise EngineError(
+                f"request {index}: {self._name} returned log-probs of {len(rows)} tokens that are not the "
+                f"{len(response)} sampled ones"
+            )
+        if len(response) and not 0 <= response.min() <= response.max() < self._model.vocab_size:
+            raise EngineError(f"request {index}: a token id is outside the vocabulary of {self._model.vocab_size}")
+        return np.array([row[0] for row in rows], dtype=np.float32)
+
+    def _finish(self, index: int, meta: dict[str, Any]) -> Finish:
+        reason = (meta.get("finish_reason") or {}).get("type")
+        if reason not in _FINISHES:
+            raise EngineError(f"request {index}: {self._name} ended with finish reason {reason!r}")
+        return _FINISHES[reason]
+
+    def _checked_version(self, index: int, meta: dict[str, Any]) -> WeightVersion:
+        """SGLang stamps answers itself; an answer of other weights than the last loaded ones is never used."""
+        assert self._version is not None
+        if meta.get("weight_version") != str(self._version):
+            raise EngineError(
+                f"request {index}: {self._name} answered with weights {meta.get('weight_version')!r}, "
+                f"loaded are {self._version}"
+            )
+        return self._version
+
+    @contextmanager
+    def _update_session(self) -> Iterator[None]:
+        """Hold SGLang's weight-update session open, on releases that have one (0.5.23 requires it, 0.5.17 has none)."""
+        if not hasattr(self._engine, "begin_weight_update"):
+            yield
+            return
+        self._require_success("begin_weight_update", self._engine.begin_weight_update())
+        try:
+            yield
+        finally:
+            self._require_success("end_weight_update", self._engine.end_weight_update())
+
+    def _load_bucket(self, bucket: WeightBucket, version: WeightVersion | None) -> None:
+        """Hand one bucket to every tensor-parallel rank; the engine takes `version` as its own where it is not None."""
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+        # `Engine.update_weights_from_tensor` has no weight_version, its request object does.
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=_serialise(bucket, self._tp_size),
+            load_format="flattened_bucket",
+            flush_cache=False,
+            weight_version=None if version is None else str(version),
+        )
+        manager = self._engine.tokenizer_manager
+        outcome = self._engine.loop.run_until_complete(manager.update_weights_from_tensor(request, None))
+        self._require_success("update_weights_from_tensor", outcome)
+
+    def _load_directory(self, directory: Path, version: WeightVersion) -> None:
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+        ModelSpec.from_directory(directory).require_same(self._model, str(directory), "the engine")
+        request = UpdateWeightFromDiskReqInput(
+            model_path=str(directory), flush_cache=False, weight_version=str(version)
+        )
+        manager = self._engine.tokenizer_manager
+        outcome = self._engine.loop.run_until_complete(manager.update_weights_from_disk(request, None))
+        self._require_success("update_weights_from_disk", outcome)
+
+    def _require_success(self, call: str, outcome: Any) -> None:
+        """SGLang's control calls return (success, message, ...) and do not raise."""
+        success, message = (
+            (outcome[0], outcome[1]) if isinstance(outcome, tuple | list) else (outcome.success, outcome.message)
+        )
+        if not success:
+            raise EngineError(f"{self._name} {call} failed: {message}")
+
+
+def _gpu_engine() -> tuple[Any, str]:
+    """Return stock `sglang.Engine` and its release."""
+    try:
+        import sglang
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.engine=sglang: {error}; pip install 'rollout-router-replay[sglang]', or set "
+            "rollout.gpus_per_worker=0 to run on the CPU"
+        ) from error
+    check_release(sglang.__version__)
+    return sglang.Engine, sglang.__version__
+
+
+def _cpu_engine() -> tuple[Any, str]:
+    """Return the engine over the CPU platform and its release."""
+    if not [e for e in entry_points(group="sglang.srt.platforms") if e.name == "r3_cpu"]:
+        raise ConfigError(
+            "the SGLang platform r3_cpu is not registered; install this package (pip install --no-deps -e .), "
+            "running from the source tree alone is not enough for the CPU engine"
+        )
+    try:
+        from r3.rollout.sglang_cpu.engine import CpuEngine
+    except ImportError as error:
+        raise ConfigError(f"rollout.engine=sglang: {error}; scripts/quickstart.sh installs the CPU engine") from error
+    import sglang
+    import torch
+
+    check_release(sglang.__version__)
+    if torch.cuda.is_available():
+        raise ConfigError(
+            "rollout.gpus_per_worker is 0 but CUDA is visible; set it to 1, or CUDA_VISIBLE_DEVICES to ''"
+        )
+    return CpuEngine, sglang.__version__
+
+
+def _sampling_params(sampling: Sampling) -> dict[str, Any]:
+    """Every parameter that shapes the distribution is sent, because a checkpoint's generation_config may set others."""
+    return {
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "n": 1,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+    }
+
+
+def _serialise(bucket: WeightBucket, ranks: int) -> list[bytes]:
+    """Return one payload per tensor-parallel rank: each carries handles of shared memory that one reader may take."""
+    import torch
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
+
+    slots = []
+    for slot in bucket.slots:
+        dtype = getattr(torch, slot.dtype)
+        if slot.begin % dtype.itemsize:
+            raise EngineError(f"weight {slot.name} begins at byte {slot.begin}, not a multiple of {dtype.itemsize}")
+        shape = torch.Size(slot.shape)
+        slots.append(FlattenedTensorMetadata(slot.name, shape, dtype, slot.begin, slot.end, slot.end - slot.begin))
+    with warnings.catch_warnings():
+        # The array is a read-only view of the object store; SGLang only reads it.
+        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
+        flat = torch.from_numpy(bucket.data)
+    content = {"flattened_tensor": flat, "metadata": slots}
+    return [MultiprocessingSerializer.serialize(content) for _ in range(ranks)]
