@@ -1,0 +1,310 @@
+"""The driver's handle on the rollout workers: dispatch, time-outs and replacement. The only module here that uses Ray.
+
+The driver sees small reports and object references; tokens, log-probs and routing stay in the object store, where the
+trainer ranks map them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
+from r3.config import Config
+from r3.errors import EngineError, R3Error
+from r3.rollout.engine import EngineSpec
+from r3.rollout.reports import CanaryReport, Dropped, EvalReport, RolloutReport
+from r3.rollout.worker import RolloutWorker
+from r3.types import Prompt, SampleFacts
+
+_DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError)
+_CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One step's samples. `facts` follow the order of the concatenated `batches`, references to `r3.types.Batch`.
+
+    `seconds`: the slowest worker's generation; `score_seconds`, `pack_seconds` likewise. Token counts are sums.
+    """
+
+    batches: tuple[ObjectRef, ...]
+    facts: tuple[SampleFacts, ...]
+    dropped_samples: tuple[Dropped, ...]
+    seconds: float
+    score_seconds: float
+    pack_seconds: float
+    prompt_tokens: int
+    response_tokens: int
+    cached_tokens: int
+    routing_bytes: int
+    routing_rows: int
+
+    @property
+    def dropped(self) -> int:
+        """Number of samples that are in no batch."""
+        return len(self.dropped_samples)
+
+    @property
+    def rewards(self) -> NDArray[np.float32]:
+        """Rewards `[n]` in the order of `facts`."""
+        return np.array([fact.reward for fact in self.facts], dtype=np.float32)
+
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """Group index `[n]` in the order of `facts`."""
+        return np.array([fact.group for fact in self.facts], dtype=np.int64)
+
+
+class Actor:
+    """`RolloutWorker` behind Ray. The engine starts in a call, not the constructor, so its errors keep their type."""
+
+    def __init__(self, config: Config, model_dir: str, index: int) -> None:
+        self._arguments = (config, model_dir, index)
+        self._worker: RolloutWorker | None = None
+
+    def start(self) -> EngineSpec:
+        """Start the worker and describe its engine."""
+        self._worker = RolloutWorker(*self._arguments)
+        return self._worker.spec()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the worker; object references among the arguments have been resolved by Ray."""
+        assert self._worker is not None
+        return getattr(self._worker, method)(*arguments)
+
+    def close(self) -> None:
+        """Stop the engine, if one was started."""
+        if self._worker is not None:
+            self._worker.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A call for one worker, kept so that it can be issued again to the worker's replacement."""
+
+    worker: int
+    method: str
+    arguments: tuple[Any, ...]
+    returns: int = 1
+
+
+class RolloutPool:
+    """All rollout workers of a run; a context manager that stops them."""
+
+    def __init__(
+        self, config: Config, model_dir: str | Path, on_event: Callable[..., None] = lambda kind, **facts: None
+    ) -> None:
+        """Start every worker; `on_event(kind, **facts)` is told of deaths, replacements and dropped samples.
+
+        Raises `EngineError` when one does not start in `rollout.start_timeout_s`, and what its engine raised.
+        """
+        self._config = config
+        self._model_dir = str(model_dir)
+        self._on_event = on_event
+        self._failures = 0
+        self._weights: ObjectRef | None = None
+        self._actors: list[ActorHandle] = []
+        try:
+            self._actors = [self._new_actor(index) for index in range(config.rollout.workers)]
+            starts = [actor.start.remote() for actor in self._actors]
+            deadline = time.monotonic() + config.rollout.start_timeout_s
+            self._specs = [self._started(index, start, deadline) for index, start in enumerate(starts)]
+        except _DEATHS as error:
+            self.close()
+            raise EngineError(f"a rollout worker died while it started its engine: {_first_line(error)}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RolloutPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def spec(self) -> EngineSpec:
+        """Describe the engine, the same in every worker."""
+        return self._specs[0]
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> Rollout:
+        """Answer every prompt `grpo.group_size` times; prompt i is group i, workers take contiguous shares.
+
+        Raises `EngineError` for a time-out, for too many dead workers and when no sample is usable; `RoutingError` as
+        the worker raised it.
+        """
+        size = self._config.grpo.group_size
+        jobs = [
+            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size), returns=2)
+            for worker, (begin, end) in enumerate(_shares(len(prompts), len(self._actors)))
+            if end > begin
+        ]
+        outcomes: list[tuple[RolloutReport, ObjectRef]] = [(report, rest[0]) for report, rest in self._run(jobs)]
+        reports = [report for report, _ in outcomes]
+        dropped = tuple(sample for report in reports for sample in report.dropped)
+        if dropped:
+            self._on_event("samples_dropped", step=step, count=len(dropped), first=dropped[0].reason)
+        if not any(report.facts for report in reports):
+            raise EngineError(f"step {step}: none of {len(dropped)} samples is usable; first: {dropped[0].reason}")
+        return Rollout(
+            batches=tuple(batch for report, batch in outcomes if report.facts),
+            facts=tuple(fact for report in reports for fact in report.facts),
+            dropped_samples=dropped,
+            seconds=max(report.seconds for report in reports),
+            score_seconds=max(report.score_seconds for report in reports),
+            pack_seconds=max(report.pack_seconds for report in reports),
+            prompt_tokens=sum(report.prompt_tokens for report in reports),
+            response_tokens=sum(report.response_tokens for report in reports),
+            cached_tokens=sum(report.cached_tokens for report in reports),
+            routing_bytes=sum(report.routing_bytes for report in reports),
+            routing_rows=sum(report.routing_rows for report in reports),
+        )
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Return the rewards of greedy answers, in the order of the prompts. No routing is recorded."""
+        jobs = [
+            _Job(worker, "evaluate", (tuple(prompts[begin:end]),))
+            for worker, (begin, end) in enumerate(_shares(len(prompts), len(self._actors)))
+            if end > begin
+        ]
+        reports: list[EvalReport] = [report for report, _ in self._run(jobs)]
+        return [reward for report in reports for reward in report.rewards]
+
+    def canary(self, prompts: Sequence[Prompt]) -> ObjectRef:
+        """Let every worker prove its capture; return the first one's batch of sampled answers for an audit."""
+        jobs = [_Job(worker, "canary", (tuple(prompts),), returns=2) for worker in range(len(self._actors))]
+        outcomes = self._run(jobs)
+        for worker, (report, _) in enumerate(outcomes):
+            assert isinstance(report, CanaryReport)
+            self._on_event("rollout_canary", worker=worker, **asdict(report))
+        return outcomes[0][1][0]
+
+    def load_weights(self, weights: ObjectRef) -> float:
+        """Load the `WeightBuckets` behind a reference into every engine; return the slowest worker's seconds."""
+        self._weights = weights
+        jobs = [_Job(worker, "load_weights", (weights,)) for worker in range(len(self._actors))]
+        return max(float(seconds) for seconds, _ in self._run(jobs))
+
+    def close(self) -> None:
+        """Stop every engine and actor. Safe to call twice; an actor that does not answer is killed."""
+        actors, self._actors = self._actors, []
+        if not ray.is_initialized():
+            return
+        closing = [actor.close.remote() for actor in actors]
+        ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S) if closing else None
+        for actor in actors:
+            ray.kill(actor)
+
+    def _run(self, jobs: Sequence[_Job]) -> list[tuple[Any, list[ObjectRef]]]:
+        """Run the jobs side by side; return of each the first value, and references to the others, in order."""
+        issued = [self._issue(job) for job in jobs]
+        results = []
+        for job, (references, deadline) in zip(jobs, issued, strict=True):
+            while True:
+                try:
+                    value = ray.get(references[0], timeout=max(0.0, deadline - time.monotonic()))
+                    break
+                except _DEATHS as error:
+                    self._require_own_death(job, error)
+                    self._replace(job.worker, error)
+                    references, deadline = self._issue(job)
+                except GetTimeoutError:
+                    ray.kill(self._actors[job.worker])  # or `close` would wait for the same call
+                    raise EngineError(
+                        f"rollout worker {job.worker} did not answer `{job.method}` within "
+                        f"{self._config.rollout.timeout_s:g} s (rollout.timeout_s)"
+                    ) from None
+                except RayTaskError as error:
+                    _raise_cause(error, job.worker, job.method)
+            results.append((value, references[1:]))
+        return results
+
+    def _issue(self, job: _Job) -> tuple[list[ObjectRef], float]:
+        call = self._actors[job.worker].call.options(num_returns=job.returns)
+        references = call.remote(job.method, *job.arguments)
+        deadline = time.monotonic() + self._config.rollout.timeout_s
+        return (references if job.returns > 1 else [references]), deadline
+
+    def _require_own_death(self, job: _Job, error: BaseException) -> None:
+        """A call also fails when the maker of one of its arguments has died; that is no worker to replace."""
+        died = getattr(error, "actor_id", None)
+        if died is not None and died != self._actors[job.worker]._actor_id.hex():
+            raise EngineError(f"`{job.method}` got an argument whose maker has died: {_first_line(error)}") from error
+
+    def _replace(self, index: int, error: BaseException) -> None:
+        """Replace a dead worker and give the new one the current weights; raise once too many have died."""
+        begin = time.monotonic()
+        self._failures += 1
+        reason = _first_line(error)
+        self._on_event("rollout_worker_died", worker=index, failures=self._failures, reason=reason)
+        if self._failures > self._config.rollout.max_failures:
+            raise EngineError(
+                f"rollout worker {index} died ({reason}); it is death {self._failures} of this run, "
+                f"rollout.max_failures is {self._config.rollout.max_failures}"
+            ) from error
+        ray.kill(self._actors[index])  # frees its place even where only the engine under it is gone
+        self._actors[index] = self._new_actor(index)
+        deadline = begin + self._config.rollout.start_timeout_s
+        try:
+            self._started(index, self._actors[index].start.remote(), deadline)
+            if self._weights is not None:
+                ray.get(
+                    self._issue(_Job(index, "load_weights", (self._weights,)))[0],
+                    timeout=self._config.rollout.timeout_s,
+                )
+        except _DEATHS as again:
+            self._replace(index, again)
+            return
+        except GetTimeoutError:
+            raise EngineError(f"the replacement of rollout worker {index} did not load the current weights") from None
+        except RayTaskError as failure:
+            _raise_cause(failure, index, "load_weights")
+        self._on_event("rollout_worker_replaced", worker=index, seconds=time.monotonic() - begin)
+
+    def _new_actor(self, index: int) -> ActorHandle:
+        options = ray.remote(Actor).options(
+            name=None, num_cpus=1, num_gpus=self._config.rollout.gpus_per_worker, max_restarts=0, max_task_retries=0
+        )
+        return options.remote(self._config, self._model_dir, index)
+
+    def _started(self, index: int, start: ObjectRef, deadline: float) -> EngineSpec:
+        try:
+            spec: EngineSpec = ray.get(start, timeout=max(0.0, deadline - time.monotonic()))
+            return spec
+        except GetTimeoutError:
+            ray.kill(self._actors[index])
+            raise EngineError(
+                f"rollout worker {index} did not start within {self._config.rollout.start_timeout_s:g} s "
+                "(rollout.start_timeout_s); is its CPU and GPU free in the cluster?"
+            ) from None
+        except RayTaskError as error:
+            _raise_cause(error, index, "start")
+
+
+def _shares(items: int, workers: int) -> list[tuple[int, int]]:
+    """Cut `range(items)` into one contiguous `(begin, end)` per worker, sizes differing by at most one."""
+    return list(pairwise(worker * items // workers for worker in range(workers + 1)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _raise_cause(error: RayTaskError, worker: int, method: str) -> NoReturn:
+    """Raise the error that the worker raised, if it is one of ours, else an `EngineError` that carries it."""
+    if isinstance(error.cause, R3Error):
+        raise error.cause from error
+    raise EngineError(f"rollout worker {worker} failed in `{method}`: {error.cause!r}") from error

@@ -1,0 +1,72 @@
+"""Small facts that rollout workers hand to the driver; the heavy part of a rollout is a `Batch` beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from r3.errors import RoutingError
+from r3.types import SampleFacts, WeightVersion
+
+
+class Dropped(NamedTuple):
+    """A sample that is not in the batch, and why."""
+
+    group: int
+    member: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutReport:
+    """What one worker did in one `generate` call.
+
+    `facts`: one per trajectory, in packing order. `seconds`: generation alone; `score_seconds`: rewards;
+    `pack_seconds`: packing and the checks over the whole batch. Token counts include dropped ones.
+    """
+
+    facts: tuple[SampleFacts, ...]
+    dropped: tuple[Dropped, ...]
+    seconds: float
+    score_seconds: float
+    pack_seconds: float
+    prompt_tokens: int
+    response_tokens: int
+    cached_tokens: int
+    routing_bytes: int
+    routing_rows: int
+    weight_version: WeightVersion
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """Rewards of greedy answers, in the order of the prompts."""
+
+    rewards: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryReport:
+    """How far a greedy generation from an empty cache and its repetition from the prefix cache agree.
+
+    `equal_tokens`: share of prompts with the same answer; `equal_rows`: share of (prompt row, layer) pairs with the
+    same expert set; `cached_tokens`: prompt tokens that the second round took from the cache.
+    """
+
+    prompts: int
+    equal_tokens: float
+    equal_rows: float
+    cached_tokens: int
+
+    def require(self, minimum: float = 0.9) -> None:
+        """Raise `RoutingError` when cached rows are not those of the prompt.
+
+        Kernels need not be batch-invariant, so bf16 flips a few percent of the pairs at near-ties; rows of another
+        request agree in about a fifth (SGLang issue #26975 describes such rows).
+        """
+        if self.equal_rows < minimum:
+            raise RoutingError(
+                f"start-up canary: only {self.equal_rows:.1%} of the prompt's routing rows are the same from an empty "
+                f"and a warm prefix cache ({self.cached_tokens} cached tokens); the engine returns rows of other tokens"
+            )

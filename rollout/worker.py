@@ -1,0 +1,221 @@
+"""The rollout worker: one engine, its tokenizer and the task's verifier; `r3.rollout.pool` makes it an actor."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from r3.config import Config
+from r3.errors import EngineError, RoutingError
+from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation, open_engine, stop_token_ids
+from r3.rollout.reports import CanaryReport, Dropped, EvalReport, RolloutReport
+from r3.routing import check_constant_layers
+from r3.tasks import encode, open_task
+from r3.types import Batch, Prompt, Trajectory, WeightBuckets
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One request of a call and its place in the step."""
+
+    prompt: Prompt
+    group: int
+    member: int
+    request: Request
+
+
+def prepare_environment(config: Config) -> None:
+    """Set what must be set before torch is imported, in this process and those that the engine starts.
+
+    On a CPU one OpenMP thread each: the trainer shares the cores, and spinning barriers cost 100x there. A CPU engine
+    on a machine with a GPU must not see it.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not config.rollout.gpus_per_worker:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+class RolloutWorker:
+    """Generates, scores and packs. Every method *returns* what it makes: a returned object survives its worker."""
+
+    def __init__(self, config: Config, model_dir: str, index: int) -> None:
+        """Start the engine; raise `ConfigError` or `EngineError`."""
+        prepare_environment(config)
+        self._config = config
+        self._task = open_task(config.task)
+        self._stops = stop_token_ids(model_dir)
+        self._engine = open_engine(config, model_dir, index)
+        self._spec = self._engine.spec()
+        self._tokenizer = _load_tokenizer(model_dir)
+
+    def spec(self) -> EngineSpec:
+        """Describe the running engine."""
+        return self._spec
+
+    def generate(self, prompts: Sequence[Prompt], first_group: int, group_size: int) -> tuple[RolloutReport, Batch]:
+        """Answer every prompt `group_size` times; prompt i is group `first_group + i`.
+
+        The batch holds the samples group by group, in order of their member number. Raises `RoutingError` for a bad
+        record unless `routing.on_error` drops the sample, and for a layer that was not captured.
+        """
+        capture = self._config.routing.capture
+        samples = self._samples(prompts, first_group, group_size)
+        begin = time.perf_counter()
+        found = self._engine.generate([s.request for s in samples], self._training_sampling(), capture=capture)
+        generated = time.perf_counter()
+        kept, dropped = self._sort(samples, found, capture)
+        rewards = [self._score(sample.prompt, answer) for sample, answer in kept]
+        scored = time.perf_counter()
+        batch = self._pack(kept, rewards)
+        return RolloutReport(
+            facts=batch.facts(),
+            dropped=tuple(dropped),
+            seconds=generated - begin,
+            score_seconds=scored - generated,
+            pack_seconds=time.perf_counter() - scored,
+            prompt_tokens=sum(answer.prompt_len for answer in found),
+            response_tokens=sum(len(answer.logprobs) for answer in found),
+            cached_tokens=sum(answer.cached_tokens for answer in found),
+            routing_bytes=batch.routing_bytes,
+            routing_rows=int(batch.row_offsets[-1]),
+            weight_version=found[0].weight_version if found else 0,
+        ), batch
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> EvalReport:
+        """Answer every prompt greedily, without routing, and return the rewards in order."""
+        begin = time.perf_counter()
+        requests = [self._request(prompt) for prompt in prompts]
+        found = self._engine.generate(requests, self._greedy_sampling(), capture=False)
+        for request, answer in zip(requests, found, strict=True):
+            check_generation(request, answer, self._spec, capture=False)
+        rewards = tuple(self._score(prompt, answer) for prompt, answer in zip(prompts, found, strict=True))
+        return EvalReport(rewards, time.perf_counter() - begin)
+
+    def canary(self, prompts: Sequence[Prompt]) -> tuple[CanaryReport, Batch]:
+        """Prove the capture on a few prompts, and return a batch for the trainer to audit.
+
+        Greedy answers from an empty prefix cache and again from the warm one must carry the same prompt rows. The batch
+        holds *sampled* answers, because greedy ones have log-probs at temperature 1, whatever the run's temperature.
+        Raises `RoutingError`.
+        """
+        requests = [self._request(prompt) for prompt in prompts]
+        self._engine.flush_cache()
+        cold, warm = (self._captured(requests, self._greedy_sampling()) for _ in range(2))
+        report = compare(cold, warm)
+        report.require()
+        _, batch = self.generate(prompts, 0, 1)
+        return report, batch
+
+    def load_weights(self, weights: WeightBuckets) -> float:
+        """Load new weights and return the seconds; the engine's cache is empty afterwards. Raises `EngineError`."""
+        begin = time.perf_counter()
+        self._engine.load_weights(weights, weights.version)
+        return time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.close()
+
+    def _training_sampling(self) -> Sampling:
+        rollout = self._config.rollout
+        return Sampling(rollout.temperature, rollout.max_new_tokens, self._stops)
+
+    def _greedy_sampling(self) -> Sampling:
+        return Sampling(1.0, self._config.rollout.max_new_tokens, self._stops, greedy=True)
+
+    def _samples(self, prompts: Sequence[Prompt], first_group: int, group_size: int) -> list[_Sample]:
+        return [
+            _Sample(prompt, first_group + i, member, request)
+            for i, prompt in enumerate(prompts)
+            for request in [self._request(prompt)]
+            for member in range(group_size)
+        ]
+
+    def _request(self, prompt: Prompt) -> Request:
+        tokens = encode(self._tokenizer, prompt)
+        if not tokens:
+            raise EngineError(f"prompt {prompt.index} has no tokens; an engine needs at least one")
+        return Request(np.array(tokens, dtype=np.int32))
+
+    def _sort(
+        self, samples: Sequence[_Sample], found: Sequence[Generation], capture: bool
+    ) -> tuple[list[tuple[_Sample, Generation]], list[Dropped]]:
+        """Part usable answers from those that are dropped: aborted ones, and bad records where the config says so."""
+        kept: list[tuple[_Sample, Generation]] = []
+        dropped: list[Dropped] = []
+        for sample, answer in zip(samples, found, strict=True):
+            defect = check_generation(sample.request, answer, self._spec, capture=capture)
+            where = f"prompt {sample.prompt.index}, group {sample.group}, member {sample.member}"
+            if defect is not None and self._config.routing.on_error == "fail":
+                raise RoutingError(f"{where}: {defect} (routing.on_error: drop_sample would leave the sample out)")
+            if defect is not None:
+                dropped.append(Dropped(sample.group, sample.member, str(defect)))
+            elif answer.finish == "abort":
+                dropped.append(Dropped(sample.group, sample.member, "aborted by the engine"))
+            else:
+                kept.append((sample, answer))
+        return kept, dropped
+
+    def _captured(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
+        found = self._engine.generate(requests, sampling, capture=True)
+        for request, answer in zip(requests, found, strict=True):
+            defect = check_generation(request, answer, self._spec, capture=True)
+            if defect is not None or answer.routing is None:
+                raise RoutingError(f"start-up canary: {defect or 'an answer was aborted by the engine'}")
+        return found
+
+    def _score(self, prompt: Prompt, answer: Generation) -> float:
+        text = self._tokenizer.decode(answer.tokens[answer.prompt_len :].tolist(), skip_special_tokens=True)
+        return self._task.score(prompt, text)
+
+    def _pack(self, kept: Sequence[tuple[_Sample, Generation]], rewards: Sequence[float]) -> Batch:
+        batch = Batch.pack(
+            [
+                Trajectory(
+                    group=sample.group,
+                    member=sample.member,
+                    tokens=answer.tokens,
+                    prompt_len=answer.prompt_len,
+                    logprobs=answer.logprobs,
+                    routing=answer.routing,
+                    reward=reward,
+                    finish=answer.finish,
+                    weight_version=answer.weight_version,
+                    fingerprint=self._spec.model.fingerprint,
+                )
+                for (sample, answer), reward in zip(kept, rewards, strict=True)
+            ]
+        )
+        if batch.experts is not None:
+            check_constant_layers(batch.experts, batch.layers)
+        return batch
+
+
+def compare(cold: Sequence[Generation], warm: Sequence[Generation]) -> CanaryReport:
+    """Compare captured greedy answers to the same prompts; expert lists are compared as sets."""
+    equal_tokens = [np.array_equal(a.tokens, b.tokens) for a, b in zip(cold, warm, strict=True)]
+    pairs = []
+    for a, b in zip(cold, warm, strict=True):
+        assert a.routing is not None
+        assert b.routing is not None
+        first, second = (np.sort(trace.experts[: a.prompt_len], axis=-1) for trace in (a.routing, b.routing))
+        rows = min(len(first), len(second))
+        pairs.append((first[:rows] == second[:rows]).all(axis=-1).reshape(-1))
+    return CanaryReport(
+        prompts=len(cold),
+        equal_tokens=float(np.mean(equal_tokens)),
+        equal_rows=float(np.mean(np.concatenate(pairs))) if pairs else 1.0,
+        cached_tokens=sum(answer.cached_tokens for answer in warm),
+    )
+
+
+def _load_tokenizer(model_dir: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
