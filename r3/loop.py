@@ -1,0 +1,178 @@
+"""GRPO with rollout router replay, as an algorithm.
+
+    for every step:
+        generate      G answers per prompt with the engine's weights; record the experts of every token
+        advantages    group-normalised rewards
+        train         recompute old log-probs and update, both walking through the recorded experts
+        push weights  the trainer's new weights become the engine's
+
+Everything heavy (tokens, log-probs, routing, weights) moves between actors by reference; the driver holds scalars.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from r3 import metrics
+from r3.advantage import advantages
+from r3.config import Config
+from r3.errors import DivergenceError, EngineError
+from r3.rollout.pool import Rollout, RolloutPool
+from r3.run import RunDirectory
+from r3.tasks import Task
+from r3.tracking import Tracker
+from r3.trainer.group import TrainerGroup
+from r3.types import Prompt, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Actors:
+    """The two sides of the bridge."""
+
+    pool: RolloutPool
+    trainers: TrainerGroup
+
+
+def train(config: Config, task: Task, actors: Actors, run: RunDirectory, tracker: Tracker) -> None:
+    """Run the method of the module docstring for `run.steps` steps.
+
+    Raises `RoutingError` for a record that cannot be trusted, `EngineError` for a dead engine or rank and
+    `DivergenceError` when the mismatch or the gradient leaves its limits.
+    """
+    pool, trainers = actors.pool, actors.trainers
+    prove(config, task, actors, run)
+    heldout = [task.heldout_prompt(i) for i in range(config.task.eval_prompts)]
+    skipped = 0
+    for step in range(1, config.run.steps + 1):
+        clock = Clock()
+        report: dict[str, float] = {}
+        if evaluates(config, step):
+            with clock("eval_s"):
+                report["eval/reward_mean"] = float(np.mean(pool.evaluate(heldout)))
+        with clock("generate_s"):
+            rollout = pool.generate(training_prompts(config, task, step), step)
+        credit = advantages(rollout.rewards, rollout.groups, config.grpo.advantage)
+        result = trainers.step(step, credit, measures_native(config, step), rollout.batches)
+        with clock("weights_s"):
+            pool.load_weights(trainers.export())
+        report |= rollout_metrics(rollout) | result.metrics | clock.metrics(result)
+        tracker.log(step, report)
+        run.write_status("running", step=step)
+        skipped = skipped + 1 if result.metrics["train/skipped_steps"] else 0
+        guard(config, step, report, skipped)
+    if config.run.eval_every:
+        final = {"eval/reward_mean": float(np.mean(pool.evaluate(heldout)))}
+        run.log_event("final_evaluation", prompts=len(heldout), **final)
+    trainers.save_hf(run.hf)
+
+
+def prove(config: Config, task: Task, actors: Actors, run: RunDirectory) -> None:
+    """Compare the two models and, as a canary, replay a few greedy generations before anything is trained.
+
+    Raises `EngineError` when the engine does not capture, when cold and cached generations differ, when a layer did
+    not consult replay, or when the record fits better shifted by one row than as it stands.
+    """
+    spec = actors.pool.spec()
+    spec.model.require_same(actors.trainers.spec(), "engine", "trainer")
+    if config.routing.capture and not spec.capture:
+        raise EngineError(f"{spec.engine} runs without routing capture; start it with enable_return_routed_experts")
+    if not (config.metrics.canary and config.routing.capture):
+        return
+    prompts = [task.heldout_prompt(i) for i in range(8)]
+    found = actors.trainers.audit([actors.pool.canary(prompts)])
+    run.log_event("canary", **found)
+    check_canary(config, found)
+
+
+def check_canary(config: Config, found: Mapping[str, float]) -> None:
+    """Raise `EngineError` that names the first thing that the canary found wrong."""
+    limit = config.metrics.canary_abs_mean
+    faults = {
+        f"router/coverage is {found['router/coverage']:g}, so some rows were not replayed": found["router/coverage"]
+        != 1,
+        f"{found['router/mismatched_ids']:g} recorded ids were not used by the router": found["router/mismatched_ids"]
+        != 0,
+        f"the record fits better shifted by one row (lag margin {found['router/lag_margin']:.3f}), "
+        f"overlap at lag 0 is {found['router/lag0_overlap']:.3f}": found["router/lag_margin"] <= 0,
+        f"mean |log-prob difference| under replay is {found['mismatch/abs_mean']:.3f} nats, "
+        f"limit {limit:g} (metrics.canary_abs_mean)": not found["mismatch/abs_mean"] <= limit,
+    }
+    for fault, is_found in faults.items():
+        if is_found:
+            raise EngineError(f"the start-up canary failed: {fault}; engine and trainer do not run the same model")
+
+
+def training_prompts(config: Config, task: Task, step: int) -> list[Prompt]:
+    """Return the prompts of a step (1-based): a fresh block of the training prompts, offset by the run's seed."""
+    size = config.rollout.prompts_per_step
+    first = (config.run.seed * 1_000_003 + step - 1) * size
+    return [task.train_prompt(i) for i in range(first, first + size)]
+
+
+def evaluates(config: Config, step: int) -> bool:
+    """Tell whether held-out prompts are answered before this step (1-based): the first, then every `run.eval_every`."""
+    return config.run.eval_every > 0 and (step - 1) % config.run.eval_every == 0
+
+
+def measures_native(config: Config, step: int) -> bool:
+    """Tell whether this step (1-based) also runs the pass without replay."""
+    every = config.metrics.counterfactual_every
+    return every > 0 and (step - 1) % every == 0
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return `rollout/*`, `transport/*` and the sample counts of one step, from the driver's small facts."""
+    responses = np.array([fact.response_tokens for fact in rollout.facts])
+    return {
+        "rollout/reward_mean": float(rollout.rewards.mean()),
+        "rollout/reward_std": float(rollout.rewards.std()),
+        "rollout/response_tokens_mean": float(responses.mean()),
+        "rollout/truncated_frac": float(np.mean([fact.finish == "length" for fact in rollout.facts])),
+        "rollout/tokens_per_s": float(responses.sum() / rollout.seconds),
+        "router/dropped_samples": float(rollout.dropped),
+        "transport/routing_bytes": float(rollout.routing_bytes),
+        "transport/bytes_per_token": rollout.routing_bytes / max(rollout.routing_rows, 1),
+        "transport/put_s": rollout.pack_seconds,
+    }
+
+
+def guard(config: Config, step: int, report: Mapping[str, float], skipped: int) -> None:
+    """Raise `DivergenceError` when the mismatch passes its limit or too many steps in a row had no finite gradient."""
+    k3 = report.get("mismatch/k3", 0.0)
+    if not k3 <= config.metrics.max_k3 or not math.isfinite(k3):
+        raise DivergenceError(
+            f"step {step}: mismatch/k3 is {k3:.3g}, limit {config.metrics.max_k3:g} (metrics.max_k3); "
+            "trainer and engine no longer compute the same distribution"
+        )
+    if skipped > config.metrics.max_skipped_steps:
+        raise DivergenceError(f"step {step}: {skipped} steps in a row had a non-finite gradient and were skipped")
+
+
+class Clock:
+    """Wall times of the phases of one step."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._phases[phase] = time.perf_counter() - begin
+
+    def metrics(self, result: StepResult) -> dict[str, float]:
+        """Return `time/*`; `idle_frac` is the share of the step (evaluation aside) in which the trainer waited."""
+        step_s = time.perf_counter() - self._start - self._phases.pop("eval_s", 0.0)
+        busy = sum(result.metrics.get(f"time/{part}", 0.0) for part in ("train_s", "counterfactual_s", "checks_s"))
+        return {
+            **metrics.prefixed("time", self._phases),
+            "time/step_s": step_s,
+            "time/idle_frac": max(0.0, 1 - busy / step_s),
+        }
