@@ -1,0 +1,183 @@
+"""The driver's handle on the trainer: one Ray actor per rank, called together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayTaskError
+
+from r3.config import Config
+from r3.errors import EngineError, R3Error
+from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
+
+# How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
+_SETTLE_S = 2.0
+
+
+class TrainerRank:
+    """The actor round a `TrainerWorker`; torch and Megatron-core are imported in its process alone."""
+
+    def __init__(self, config: Config, model_dir: str, rank: int, world: int) -> None:
+        self._arguments = (config, model_dir, rank, world)
+
+    def start(self) -> ModelSpec:
+        """Make the worker: a call of its own, because an error of an actor's constructor loses its type."""
+        config, model_dir, rank, world = self._arguments
+        if config.trainer.gpus_per_process == 0:
+            # Read once, when torch loads.
+            os.environ["OMP_NUM_THREADS"] = "1"
+        from r3.trainer.worker import TrainerWorker
+
+        self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)
+        return self._worker.spec()
+
+    def host_port(self) -> tuple[str, int]:
+        """See `TrainerWorker`; the host is the address by which Ray's other nodes know this one."""
+        host, port = self._worker.host_port()
+        return (ray.util.get_node_ip_address() if self._arguments[-1] > 1 else host), port
+
+    def join(self, host: str, port: int) -> None:
+        """See `TrainerWorker`."""
+        self._worker.join(host, port)
+
+    def versions(self) -> dict[str, str]:
+        """See `TrainerWorker`."""
+        return self._worker.versions()
+
+    def audit(self, *batches: Batch) -> dict[str, float]:
+        """See `TrainerWorker`."""
+        return self._worker.audit(*batches)
+
+    def step(
+        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, *batches: Batch
+    ) -> StepResult | None:
+        """See `TrainerWorker`."""
+        return self._worker.step(step, advantages, counterfactual, *batches)
+
+    def export(self) -> tuple[int, WeightBuckets | None]:
+        """Return the weight version and, as an object of its own, the weights: the driver fetches the first alone."""
+        weights = self._worker.export()
+        return self._worker.weight_version, weights
+
+    def save_hf(self, directory: str) -> None:
+        """See `TrainerWorker`."""
+        self._worker.save_hf(directory)
+
+
+class TrainerGroup:
+    """All trainer ranks of a run; a context manager.
+
+    Every call is collective and blocks. A rank's own `RoutingError`, `ConfigError` or `CheckpointError` comes out as it
+    is; a dead rank, a time-out (`trainer.start_timeout_s`, `trainer.timeout_s`) or any other failure is an
+    `EngineError` that names the rank. After an error inside a step only `close` may follow: the ranks may no longer
+    stand at the same place.
+    """
+
+    def __init__(self, config: Config, model_dir: str | Path) -> None:
+        trainer = config.trainer
+        self._timeout = trainer.timeout_s
+        actor = ray.remote(TrainerRank).options(num_cpus=1, num_gpus=trainer.gpus_per_process, max_restarts=0)
+        world = trainer.processes
+        self._ranks = [actor.remote(config, str(model_dir), rank, world) for rank in range(world)]
+        limit = time.monotonic() + trainer.start_timeout_s
+        try:
+            self._spec = self._wait([rank.start.remote() for rank in self._ranks], "start", limit)[0]
+            ((host, port),) = self._wait([self._ranks[0].host_port.remote()], "start", limit)
+            self._wait([rank.join.remote(host, port) for rank in self._ranks], "start", limit)
+        except R3Error:
+            self.close()
+            raise
+
+    def __enter__(self) -> TrainerGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def spec(self) -> ModelSpec:
+        """Return the facts of the model in training."""
+        return self._spec
+
+    def versions(self) -> dict[str, str]:
+        """Return what rank 0 runs on."""
+        return self._wait([self._ranks[0].versions.remote()], "versions", time.monotonic() + self._timeout)[0]
+
+    def audit(self, batches: Sequence[ray.ObjectRef]) -> Mapping[str, float]:
+        """Compare engine and trainer on captured batches; see `TrainerWorker.audit`."""
+        return self._all("audit", *batches)[0]
+
+    def step(
+        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, batches: Sequence[ray.ObjectRef]
+    ) -> StepResult:
+        """Train one step; the batches go to the ranks as references, which Ray maps into them without a copy."""
+        return self._all("step", step, advantages, counterfactual, *batches)[0]
+
+    def export(self) -> ray.ObjectRef:
+        """Return a reference to the new weights (`WeightBuckets`), ready in the object store."""
+        version, weights = self._ranks[0].export.options(num_returns=2).remote()
+        self._wait([version], "export", time.monotonic() + self._timeout)
+        return weights
+
+    def save_hf(self, directory: str | Path) -> None:
+        """Write the model as a Hugging Face checkpoint directory."""
+        self._all("save_hf", str(directory))
+
+    def close(self) -> None:
+        """End all ranks; harmless when some are dead already."""
+        for rank in self._ranks:
+            ray.kill(rank)
+        self._ranks = []
+
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        calls = [getattr(rank, method).remote(*args) for rank in self._ranks]
+        return self._wait(calls, method, time.monotonic() + self._timeout)
+
+    def _wait(self, calls: Sequence[ray.ObjectRef], what: str, limit: float) -> list[Any]:
+        """Collect one result per rank, looking at them as they come: behind a failed rank the others would hang."""
+        pending = {call: rank for rank, call in enumerate(calls)}
+        results: dict[int, Any] = {}
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, limit - time.monotonic()))
+            if not done:
+                late = ", ".join(map(str, pending.values()))
+                raise EngineError(
+                    f"trainer rank {late} did not finish {what!r} in time; "
+                    "raise trainer.timeout_s (trainer.start_timeout_s) if it is only slow"
+                )
+            rank = pending.pop(done[0])
+            try:
+                results[rank] = ray.get(done[0])
+            except (RayTaskError, RayActorError) as error:
+                raise _root_cause({rank: error} | _failures(pending), what) from error
+        return [results[rank] for rank in range(len(calls))]
+
+
+def _failures(pending: Mapping[ray.ObjectRef, int]) -> dict[int, Exception]:
+    """Return the errors of the other ranks, as far as they come within the moment that a broken connection needs."""
+    done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_SETTLE_S) if pending else ([], [])
+    found: dict[int, Exception] = {}
+    for call in done:
+        try:
+            ray.get(call)
+        except (RayTaskError, RayActorError) as error:
+            found[pending[call]] = error
+    return found
+
+
+def _root_cause(errors: Mapping[int, Exception], what: str) -> R3Error:
+    """Pick the error to report: a death before a rank's own error before the failures that a lost peer brings about."""
+    for rank, error in errors.items():
+        if isinstance(error, RayActorError):
+            return EngineError(f"trainer rank {rank} died in {what!r}: {error}")
+    for error in errors.values():
+        if isinstance(error, RayTaskError) and isinstance(error.cause, R3Error):
+            return error.cause
+    rank, error = next(iter(errors.items()))
+    return EngineError(f"trainer rank {rank} failed in {what!r}: {error}")

@@ -1,0 +1,193 @@
+"""Megatron-core's `GPTModel` for a Hugging Face Qwen3-MoE checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from r3.errors import ConfigError
+from r3.trainer.megatron import (
+    GPTModel,
+    ModuleSpec,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_gpt_layer_local_spec,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
+)
+from r3.trainer.modules import RMSNorm, SdpaAttention
+from r3.trainer.replay import ReplayRouter, refuse_unsupported_router
+from r3.types import ModelSpec
+
+Recompute = Literal["none", "full"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a Qwen3-MoE `config.json` says about shapes; `heads` are query heads, `groups` key-value heads."""
+
+    spec: ModelSpec
+    heads: int
+    groups: int
+    head_dim: int
+    ffn_size: int
+    expert_ffn_size: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    tied: bool
+    normalise_top_k: bool
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Architecture:
+        """Read `config.json`; raise `ConfigError` for a model, or a feature of it, that is not supported."""
+        spec = ModelSpec.from_directory(directory)
+        path = Path(directory) / "config.json"
+        config = json.loads(path.read_text())
+        _refuse(config, str(path))
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                spec=spec,
+                heads=heads,
+                groups=config["num_key_value_heads"],
+                head_dim=config.get("head_dim") or spec.hidden_size // heads,
+                ffn_size=config["intermediate_size"],
+                expert_ffn_size=config["moe_intermediate_size"],
+                rope_theta=float(_rope(config)["rope_theta"]),
+                norm_eps=config["rms_norm_eps"],
+                max_positions=config["max_position_embeddings"],
+                tied=config.get("tie_word_embeddings", False),
+                normalise_top_k=config.get("norm_topk_prob", False),
+            )
+        except KeyError as error:
+            raise ConfigError(f"{path} has no {error.args[0]!r}, which a Qwen3-MoE model needs") from None
+
+
+def transformer_config(
+    arch: Architecture, *, dtype: torch.dtype, recompute: Recompute = "none", **changes: Any
+) -> TransformerConfig:
+    """Return Megatron's configuration of `arch`; `changes` override single fields (parallel sizes, dispatcher)."""
+    layers = range(arch.spec.num_layers)
+    full: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    settings: dict[str, Any] = {
+        "num_layers": arch.spec.num_layers,
+        "hidden_size": arch.spec.hidden_size,
+        "num_attention_heads": arch.heads,
+        "num_query_groups": arch.groups,
+        "kv_channels": arch.head_dim,
+        "ffn_hidden_size": arch.ffn_size,
+        "moe_ffn_hidden_size": arch.expert_ffn_size,
+        "num_moe_experts": arch.spec.num_experts,
+        "moe_router_topk": arch.spec.top_k,
+        "moe_layer_freq": [int(layer in arch.spec.moe_layers) for layer in layers],
+        # Softmax over the chosen logits equals softmax over all, chosen and renormalised (norm_topk_prob).
+        "moe_router_pre_softmax": not arch.normalise_top_k,
+        "moe_router_score_function": "softmax",
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # Every weight is read from the checkpoint, see `r3.trainer.convert`.
+        "perform_initialization": False,
+        "transformer_impl": "local",
+        "persist_layer_norm": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        **(full if recompute == "full" else {}),
+    }
+    with warnings.catch_warnings():
+        # 0.16.1 deprecates the default of a CUDA graph option that is not in use.
+        warnings.simplefilter("ignore")
+        return TransformerConfig(**(settings | changes))
+
+
+def build_model(
+    arch: Architecture, config: TransformerConfig, *, replay: bool, vp_stage: int | None = None
+) -> GPTModel:
+    """Return the model with uninitialised weights; `replay` puts `ReplayRouter` into its layer spec.
+
+    Needs Megatron's parallel state; load weights with `r3.trainer.convert.load_weights` before use. Raises
+    `ConfigError` for a router that cannot be replayed.
+    """
+    if replay:
+        refuse_unsupported_router(config)
+    kind = {} if vp_stage is None else {"vp_stage": vp_stage}
+    first = get_transformer_layer_offset(config, **kind)
+    built = range(first, first + get_num_layers_to_build(config, **kind))
+    layers = [layer_spec(arch.spec, moe=layer in arch.spec.moe_layers, replay=replay) for layer in built]
+    return GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+        vocab_size=arch.spec.vocab_size,
+        max_sequence_length=arch.max_positions,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        share_embeddings_and_output_weights=arch.tied,
+        **kind,
+    )
+
+
+def layer_spec(spec: ModelSpec, *, moe: bool, replay: bool) -> ModuleSpec:
+    """Return Megatron's local spec of one decoder layer with R3's norm, attention and router."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=spec.num_experts if moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = SdpaAttention
+    if moe and replay:
+        # 0.16 describes the layer by a ModuleSpec, 0.19 by functools.partial(MoELayer, submodules=...).
+        mlp = parts.mlp
+        (mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]).router = ReplayRouter
+    return layer
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Transformers 5 nests what earlier versions kept at the top level.
+    return config.get("rope_parameters") or {
+        **(config.get("rope_scaling") or {}),
+        "rope_theta": config.get("rope_theta", 1e4),
+    }
+
+
+def _refuse(config: Mapping[str, Any], source: str) -> None:
+    rope = _rope(config)
+    unsupported = {
+        "attention_bias": config.get("attention_bias", False) is not False,
+        "use_sliding_window": config.get("use_sliding_window", False) is not False,
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+    }
+    for key, found in unsupported.items():
+        if found:
+            raise ConfigError(f"{source}: {key}={config.get(key, rope.get(key))!r} is not supported by the trainer")

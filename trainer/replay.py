@@ -1,0 +1,297 @@
+"""Router replay: force Megatron's router to the experts that the rollout engine chose.
+
+`ReplayRouter` is put in through the layer spec; a `ReplayContext` belongs to one model and knows which microbatch that
+model is working on. Megatron-core asks an object at `router.router_replay` for the top-k (`get_replay_topk`, the hook
+of Megatron-LM PRs #2101 and #2693); a forced row gets the recorded ids, and its gate weights come from the trainer's
+own scores at those ids, so the router receives gradient.
+
+Activation recompute needs no switch and no queue: a hook on the model's output activates the microbatch again when
+backward reaches it, and the end of that backward deactivates it, whichever checkpoint function recomputes in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from r3.errors import ConfigError, RoutingError
+from r3.trainer.megatron import TopKRouter, TransformerConfig
+from r3.trainer.tally import Tally
+from r3.types import ModelSpec
+
+TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicrobatchRouting:
+    """The record of one right-padded microbatch, on the model's device.
+
+    `experts` `[b, s, layers, k]` of an unsigned integer dtype, in the order of `ModelSpec.moe_layers` and with the
+    engine's order inside a row; `recorded` bool `[b, s]` marks the rows that have one (never a pad). With `force` those
+    rows are replayed, otherwise they are only compared with the model's own choice. `audit` also compares the record
+    shifted by one row in both directions.
+    """
+
+    experts: torch.Tensor
+    recorded: torch.Tensor
+    force: bool
+    audit: bool = False
+
+
+def refuse_unsupported_router(config: TransformerConfig) -> None:
+    """Raise `ConfigError` for a router configuration under which replay would be ignored or incomplete."""
+    balancing = str(config.moe_router_load_balancing_type)
+    graphs = getattr(config, "cuda_graph_impl", "none") not in (None, "none") or getattr(
+        config, "enable_cuda_graph", False
+    )
+    refusals = {
+        "moe_router_fusion: the fused kernel never asks for replay": config.moe_router_fusion,
+        "load balancing by sinkhorn or quantiles chooses experts without top-k": "sinkhorn" in balancing
+        or "quantile" in balancing,
+        "moe_expert_capacity_factor drops replayed tokens": config.moe_expert_capacity_factor is not None,
+        "CUDA graphs freeze the first microbatch's experts": graphs,
+        "moe_enable_routing_replay, Megatron's own, competes for the same hook": config.moe_enable_routing_replay,
+        "moe_router_force_load_balancing replaces the router's scores by noise": config.moe_router_force_load_balancing,
+        "overlap_moe_expert_parallel_comm runs two microbatches through a layer at once": getattr(
+            config, "overlap_moe_expert_parallel_comm", False
+        ),
+    }
+    for reason, found in refusals.items():
+        if found:
+            raise ConfigError(f"router replay cannot be combined with this trainer configuration; {reason}")
+
+
+class ReplayRouter(TopKRouter):
+    """Megatron's top-k router, forced to recorded experts while its context has an active microbatch.
+
+    Without a context (a reference model, a multi-token-prediction layer) it is exactly its base class.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, **kwargs: Any) -> None:
+        refuse_unsupported_router(config)
+        super().__init__(config=config, pg_collection=pg_collection, **kwargs)
+        self.context: ReplayContext | None = None
+
+    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route `logits` `[s, b, experts]`; return gate weights and the boolean map, each `[s * b, experts]`."""
+        visit = None if self.context is None else self.context.visit(self.layer_number - 1)
+        if visit is None:
+            return super().routing(logits, *args, **kwargs)
+        self.router_replay = visit
+        try:
+            probs, routing_map = super().routing(logits, *args, **kwargs)
+        finally:
+            self.router_replay = None  # type: ignore[assignment]
+        visit.account(routing_map)
+        return probs, routing_map
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    """The microbatch that a model is working on; counted in its first pass and not when it is recomputed."""
+
+    routing: MicrobatchRouting
+    tally: Tally | None
+    recorded: torch.Tensor = field(init=False)
+    differs: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recorded = router_order(self.routing.recorded)
+        self.differs = torch.zeros_like(self.recorded)
+
+    def ids(self, column: int) -> torch.Tensor:
+        """Widen one layer: int64 `[s * b, k]` in the router's order."""
+        return router_order(self.routing.experts[:, :, column]).to(torch.int64)
+
+
+class ReplayContext:
+    """Which microbatch one model is working on, and what its routers did with the record.
+
+    Binds the routers of the live `model` by walking its decoder, by layer number. Raises `RoutingError` when they are
+    not exactly the MoE layers of `spec`, are bound already or were built without replay.
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: ModelSpec) -> None:
+        while hasattr(model, "module"):
+            model = model.module
+        routers = {m.layer_number - 1: m for m in model.decoder.modules() if isinstance(m, TopKRouter)}
+        built = {layer.layer_number - 1 for layer in model.decoder.layers}
+        expected = [layer for layer in spec.moe_layers if layer in built]
+        if sorted(routers) != expected:
+            raise RoutingError(f"the model has routers in layers {sorted(routers)}, its MoE layers are {expected}")
+        for layer, router in routers.items():
+            if not isinstance(router, ReplayRouter) or router.context is not None:
+                state = (
+                    "is bound to another context" if isinstance(router, ReplayRouter) else "was built without replay"
+                )
+                raise RoutingError(
+                    f"the router of layer {layer} {state}; build the model with replay=True, bind it once"
+                )
+            if (router.topk, router.num_experts) != (spec.top_k, spec.num_experts):
+                raise RoutingError(
+                    f"the router of layer {layer} chooses {router.topk} of {router.num_experts} experts, "
+                    f"the checkpoint says {spec.top_k} of {spec.num_experts}"
+                )
+        for router in routers.values():
+            router.context = self
+        self._spec = spec
+        self._columns = {layer: spec.moe_layers.index(layer) for layer in expected}
+        self._active: _Active | None = None
+        self._tally: Tally | None = None
+
+    @contextmanager
+    def measured(self, device: torch.device) -> Iterator[Tally]:
+        """Open one pass over some microbatches and yield its counters; nothing stays active behind it.
+
+        Raises `RoutingError` when a microbatch is active before or after the pass, or when a router was not consulted
+        exactly once per microbatch.
+        """
+        self.require_empty("before the pass")
+        self._tally = Tally.zero(len(self._spec.moe_layers), device)
+        try:
+            yield self._tally
+            self.require_empty("after the pass")
+            self._tally.require_all_visited(self._columns)
+        finally:
+            self._active = self._tally = None
+
+    def require_empty(self, when: str) -> None:
+        """Raise `RoutingError` when a microbatch is active."""
+        if self._active is not None:
+            raise RoutingError(f"replay state is left over {when}; a microbatch was activated and never finished")
+
+    def run(self, routing: MicrobatchRouting | None, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run the model under the record of one microbatch and return its output; None runs it natively.
+
+        Recompute inside the output's backward pass sees the same record.
+        """
+        self.require_empty("before a microbatch")
+        if routing is None:
+            return call()
+        self._check(routing)
+        self._active = _Active(routing, self._tally)
+        try:
+            output = call()
+            self._finish_microbatch(self._active)
+        finally:
+            self._active = None
+        if output.requires_grad:
+            output.register_hook(partial(self._enter_backward, routing))
+        return output
+
+    def visit(self, layer: int) -> _Visit | None:
+        """Return how the router of `layer` (global index) must treat this call, or None for its own routing."""
+        return None if self._active is None else _Visit(self._active, layer, self._columns[layer])
+
+    def _enter_backward(self, routing: MicrobatchRouting, gradient: torch.Tensor) -> None:
+        self.require_empty("before a backward pass")
+        self._active = _Active(routing, tally=None)
+        torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def _leave_backward(self) -> None:
+        self._active = None
+
+    def _check(self, routing: MicrobatchRouting) -> None:
+        shape = (*routing.recorded.shape, len(self._spec.moe_layers), self._spec.top_k)
+        if routing.experts.shape != shape or routing.experts.dtype.is_floating_point:
+            raise RoutingError(
+                f"the record of a microbatch is {routing.experts.dtype} {tuple(routing.experts.shape)}; integer ids "
+                f"[b, s, layers, k] = {shape} are required"
+            )
+
+    def _finish_microbatch(self, active: _Active) -> None:
+        if active.tally is not None:
+            active.tally.disagree_any += active.differs.sum()
+            active.tally.compared += active.recorded.sum()
+            active.tally.microbatches += 1
+
+
+class _Visit:
+    """One router call under an active microbatch; stands where Megatron-core expects its own `RouterReplay`."""
+
+    def __init__(self, active: _Active, layer: int, column: int) -> None:
+        self._active, self._layer, self._column = active, layer, column
+        self._own: torch.Tensor | None = None
+        self._ids: torch.Tensor | None = None
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: TopK | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and ids `[tokens, k]` of the experts to use: recorded where there is a record, else the own."""
+        assert default_compute_topk is not None
+        force = self._active.routing.force
+        # Where routing is forced the own choice is only compared: it needs no graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not force):
+            values, own = default_compute_topk(scores, topk, num_groups, group_topk)
+        begin = time.perf_counter()
+        ids = self._active.ids(self._column)
+        if ids.shape != own.shape:
+            raise RoutingError(
+                f"layer {self._layer} routes {tuple(own.shape)} [tokens, k], its record has {tuple(ids.shape)}"
+            )
+        self._own, self._ids = own, ids
+        if force:
+            own = torch.where(self._active.recorded[:, None], ids, own)
+            values = scores.gather(1, own)
+        if self._active.tally is not None:
+            self._active.tally.seconds += time.perf_counter() - begin
+        return values, own
+
+    @torch.no_grad()
+    def account(self, routing_map: torch.Tensor) -> None:
+        """Count what the router did; `routing_map` bool `[tokens, experts]` is what the experts will really get.
+
+        Raises `RoutingError` when this Megatron-core never asked for replay.
+        """
+        if self._own is None or self._ids is None:
+            raise RoutingError(
+                f"the router of layer {self._layer} never asked for replay; is this megatron-core supported?"
+            )
+        tally, active = self._active.tally, self._active
+        if tally is None:
+            return
+        begin = time.perf_counter()
+        shared = contained(self._ids, self._own)
+        differs = ~shared.all(1) & active.recorded
+        active.differs |= differs
+        tally.disagree[self._column] += differs.sum()
+        tally.visits[self._column] = tally.visits.get(self._column, 0) + 1
+        if active.routing.force:
+            used = routing_map.gather(1, self._ids).bool()
+            tally.mismatched_ids += (~used & active.recorded[:, None]).sum()
+            tally.followed[self._column] += (used.all(1) & active.recorded).sum()
+        if active.routing.audit:
+            self._overlap(tally, self._own)
+        tally.seconds += time.perf_counter() - begin
+
+    def _overlap(self, tally: Tally, own: torch.Tensor) -> None:
+        """Compare the own choice of row t with the record of rows t-1, t and t+1 of the same sequence."""
+        record, recorded = self._active.routing.experts[:, :, self._column], self._active.routing.recorded
+        for index, lag in enumerate((-1, 0, 1)):
+            # The last position of a sequence has no record, so no row is paired with one from the other end.
+            valid = recorded & recorded.roll(-lag, 1)
+            shifted = router_order(record.roll(-lag, 1)).to(torch.int64)
+            hits = contained(shifted, own).float().mean(1)[router_order(valid)]
+            tally.overlap[index] += hits.sum(dtype=torch.float64)
+            tally.overlap_pairs[index] += hits.numel()
+
+
+def router_order(rows: torch.Tensor) -> torch.Tensor:
+    """Bring rows `[b, s, ...]` into the order in which a router sees its tokens: `[s * b, ...]`, sequence first."""
+    return rows.transpose(0, 1).reshape(-1, *rows.shape[2:])
+
+
+def contained(ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+    """Tell for each of `ids` `[tokens, k]` whether the same row of `among` `[tokens, k]` has it; bool `[tokens, k]`."""
+    return (ids[:, :, None] == among[:, None, :]).any(-1)

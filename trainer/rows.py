@@ -1,0 +1,22 @@
+"""Kinds of token rows, counted while microbatches are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class RowClasses:
+    """Rows of some microbatches by kind, known before the pass.
+
+    `rows`: token positions that are not pads; `required`: recorded rows that a trained token's log-prob depends on;
+    `missing`: such rows without a record; `pads`.
+    """
+
+    rows: int = 0
+    required: int = 0
+    missing: int = 0
+    pads: int = 0
+
+    def __add__(self, other: RowClasses) -> RowClasses:
+        return RowClasses(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -1,0 +1,262 @@
+"""One trainer rank: everything between receiving rollout batches and handing out new weights.
+
+A plain class; `r3.trainer.group` runs it as a Ray actor. All methods that take batches are collective: every rank
+calls them with the same arguments, works on its own share, and ends up with the same numbers.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from r3 import metrics
+from r3.config import Config
+from r3.metrics import RouterCounts
+from r3.trainer import parallel
+from r3.trainer.batching import MicroBatch, StepBatch, microbatch, require_records, share
+from r3.trainer.convert import export_weights
+from r3.trainer.megatron import megatron_core
+from r3.trainer.model import DTYPES, Architecture
+from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
+from r3.trainer.weights import save_checkpoint, weight_buckets
+from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
+
+Metrics = dict[str, float]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A step's batch and the part of it that this rank works on: microbatches by mini-step."""
+
+    step: StepBatch
+    mini_steps: tuple[tuple[MicroBatch, ...], ...]
+    seconds: float
+
+    @property
+    def microbatches(self) -> list[MicroBatch]:
+        """Those of every mini-step, in order."""
+        return [one for mini_step in self.mini_steps for one in mini_step]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A log-prob pass over the whole step, the same on every rank."""
+
+    logprobs: Floats
+    counts: RouterCounts
+    replay_s: float
+    seconds: float
+
+
+class TrainerWorker:
+    """Trainer rank `rank` of `world` for the checkpoint in `model_dir`.
+
+    `total_optimizer_steps`: updates of the whole run, over which the learning rate decays. Build every rank, then
+    `join` them; nothing else works before. Raises `ConfigError` for a model that the trainer does not support.
+    """
+
+    def __init__(self, config: Config, model_dir: str, rank: int, world: int, total_optimizer_steps: int) -> None:
+        if not torch.cuda.is_available():
+            # A rank's small matrices gain nothing from threads, and waiting ones steal the core from other ranks.
+            torch.set_num_threads(1)
+        self._config, self._directory = config, Path(model_dir)
+        self._rank, self._world, self._updates = rank, world, total_optimizer_steps
+        self._arch = Architecture.from_directory(model_dir)
+        self._store: dist.Store | None = None
+        self._version = 0
+
+    def host_port(self) -> tuple[str, int]:
+        """Open the rendezvous on rank 0 and return where the other ranks find it."""
+        store, host = parallel.open_store(self._world)
+        self._store = store
+        return host, store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Join the other ranks, then build the model; blocks until all have come."""
+        limit = self._config.trainer.timeout_s
+        store = self._store or dist.TCPStore(host, port, self._world, is_master=False)
+        parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit)
+        self.policy = Policy(self._config, self._arch, self._directory, self._updates)
+
+    def close(self) -> None:
+        """Leave the group and drop the model."""
+        del self.policy
+        parallel.leave()
+
+    def spec(self) -> ModelSpec:
+        """Return the facts of the model in training."""
+        return self._arch.spec
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what this rank runs on."""
+        where = parallel.device()
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "megatron-core": megatron_core.__version__,
+            "transformers": version("transformers"),
+            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        }
+
+    @property
+    def weight_version(self) -> int:
+        """Number of steps that the weights have behind them."""
+        return self._version
+
+    def audit(self, *batches: Batch) -> Metrics:
+        """Compare engine and trainer on some captured batches without training; the start-up canary.
+
+        One pass under replay and one without: `mismatch/*`, `mismatch_native/*`, `router/*` with lag overlaps,
+        `router/consulted_layers`. Raises `RoutingError` for a record that is missing or does not fit.
+        """
+        share_ = self._prepare(batches, None, mini_steps=1)
+        require_records(share_.step)
+        replayed = self._logprobs(share_, RoutingUse(force=True, audit=True))
+        native = self._logprobs(share_, RoutingUse(force=False, audit=True))
+        return {
+            **self._mismatch("mismatch", share_.step, replayed),
+            **self._mismatch("mismatch_native", share_.step, native),
+            **metrics.disagreement(replayed.counts, "shadow", self._arch.spec.moe_layers),
+            **metrics.disagreement(native.counts, "native", self._arch.spec.moe_layers),
+            **metrics.lag_overlap(native.counts),
+            **metrics.replay_health(replayed.counts),
+            "router/consulted_layers": float(len(self._arch.spec.moe_layers)),
+        }
+
+    def step(
+        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, *batches: Batch
+    ) -> StepResult | None:
+        """Train on one step's batches and return its metrics on rank 0, None elsewhere.
+
+        `advantages` float32 `[n]` in the order of the concatenated batches. `counterfactual` adds the pass without
+        replay. Old log-probs are recomputed under the routing that `replay.mode` asks for, then `grpo.mini_steps`
+        updates run under the same. Raises `RoutingError` for a record that is missing or does not fit.
+        """
+        config, begin = self._config, time.perf_counter()
+        share_ = self._prepare(batches, advantages, config.grpo.mini_steps)
+        use = RoutingUse(force=config.replay.mode == "r3")
+        if use.force:
+            require_records(share_.step)
+        old = self._logprobs(share_, use)
+        native = self._logprobs(share_, RoutingUse(force=False, audit=True)) if use.force and counterfactual else None
+        reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
+        updates = [
+            self.policy.update(mini_step, share_.step, old.logprobs, reference, use) for mini_step in share_.mini_steps
+        ]
+        report = {
+            **self._old_metrics(share_.step, old, native, use),
+            **self._update_metrics(share_.step, old, updates),
+            "rollout/staleness_max": float(self._version - min(t.weight_version for t in share_.step.trajectories)),
+            "time/checks_s": share_.seconds,
+        }
+        spent = time.perf_counter() - begin - share_.seconds - (native.seconds if native else 0.0)
+        report["time/train_s"] = spent
+        report["train/tokens_per_s"] = share_.step.tokens / spent
+        if native:
+            report["time/counterfactual_s"] = native.seconds
+        self._version += 1
+        return StepResult(step, self._version, report) if self._rank == 0 else None
+
+    def export(self) -> WeightBuckets | None:
+        """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere."""
+        if self._rank:
+            return None
+        weights = export_weights(self.policy.model, self._arch)
+        return weight_buckets(
+            weights, DTYPES[self._config.rollout.dtype], self._config.weights.bucket_mib * 2**20, self._version
+        )
+
+    def save_hf(self, directory: str) -> None:
+        """Write the model as a Hugging Face checkpoint directory, on rank 0; raise `CheckpointError` if that fails."""
+        if self._rank == 0:
+            weights = export_weights(self.policy.model, self._arch)
+            save_checkpoint(weights, self._directory, Path(directory), DTYPES[self._config.trainer.dtype])
+
+    def _prepare(self, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, mini_steps: int) -> _Share:
+        begin = time.perf_counter()
+        step = StepBatch.join(batches, advantages, self._arch.spec)
+        plan = share(
+            step.trajectories,
+            mini_steps=mini_steps,
+            rank=self._rank,
+            world=self._world,
+            micro_batch_size=self._config.trainer.micro_batch_size,
+        )
+        built = tuple(tuple(microbatch(step, samples, self._arch.spec) for samples in cuts) for cuts in plan)
+        return _Share(step, built, time.perf_counter() - begin)
+
+    def _logprobs(self, share_: _Share, use: RoutingUse) -> _Pass:
+        begin = time.perf_counter()
+        found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
+        logprobs = parallel.sum_over_ranks(found.logprobs)
+        return _Pass(logprobs, self._summed(found.counts), found.replay_s, time.perf_counter() - begin)
+
+    def _reduced(self, values: Floats | None) -> Floats | None:
+        return None if values is None else parallel.sum_over_ranks(values)
+
+    def _summed(self, counts: RouterCounts) -> RouterCounts:
+        """Add the counters of all ranks."""
+        parts = [np.atleast_1d(np.asarray(part, np.float64)) for part in astuple(counts)]
+        total = parallel.sum_over_ranks(np.concatenate(parts))
+        split = np.split(total, np.cumsum([len(part) for part in parts])[:-1])
+        disagree, overlap, pairs = split[0].astype(np.int64), split[1], split[2].astype(np.int64)
+        return RouterCounts(disagree, overlap, pairs, *(int(part[0]) for part in split[3:]))
+
+    def _mismatch(self, prefix: str, step: StepBatch, found: _Pass) -> Metrics:
+        values = metrics.mismatch(found.logprobs, step.rollout_logprobs, step.response_lengths)
+        return metrics.prefixed(prefix, values)
+
+    def _old_metrics(self, step: StepBatch, old: _Pass, native: _Pass | None, use: RoutingUse) -> Metrics:
+        layers = self._arch.spec.moe_layers
+        report = {
+            **self._mismatch("mismatch", step, old),
+            **metrics.disagreement(old.counts, "shadow" if use.force else "native", layers),
+        }
+        experts = [t.routing.experts for t in step.trajectories if t.routing is not None]
+        if experts:
+            load = metrics.load_max_over_mean(np.concatenate(experts), self._arch.spec.num_experts)
+            report["router/load_max_over_mean"] = load
+        if native is None:
+            return report
+        plain = metrics.mismatch(native.logprobs, step.rollout_logprobs, step.response_lengths)
+        replayed = metrics.mismatch(old.logprobs, step.rollout_logprobs, step.response_lengths)
+        return {
+            **report,
+            **metrics.prefixed("mismatch_native", plain),
+            **metrics.prefixed("mismatch", metrics.gain(plain, replayed)),
+            **metrics.disagreement(native.counts, "native", layers),
+            **metrics.lag_overlap(native.counts),
+        }
+
+    def _update_metrics(self, step: StepBatch, old: _Pass, updates: Sequence[Update]) -> Metrics:
+        counts = [old.counts, *(self._summed(update.counts) for update in updates)]
+        sums = UpdateSums(
+            *parallel.sum_over_ranks(np.sum([astuple(update.sums) for update in updates], axis=0)).tolist()
+        )
+        norms = [update.grad_norm for update in updates if update.grad_norm is not None]
+        report = {
+            "train/loss": sums.loss / sums.tokens,
+            "train/entropy": sums.entropy / sums.tokens,
+            "train/clip_frac": sums.clipped / sums.tokens,
+            "train/lr": updates[-1].lr,
+            "train/mini_steps": float(len(updates)),
+            "train/skipped_steps": float(sum(update.grad_norm is None for update in updates)),
+            "train/replay_s": old.replay_s + sum(update.replay_s for update in updates),
+        }
+        if norms:
+            report["train/grad_norm"] = float(np.mean(norms))
+        if self._config.grpo.kl_coef > 0:
+            report["train/kl"] = sums.kl / sums.tokens
+        if self._config.replay.mode == "r3":
+            report |= metrics.replay_health(sum(counts[1:], counts[0]))
+        return report
