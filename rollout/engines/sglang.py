@@ -39,6 +39,7 @@ class SglangEngine:
         make, release = _gpu_engine() if on_gpu else _cpu_engine()
         self._name = f"sglang {release}"
         self._tp_size = int(arguments.get("tp_size", 1))
+        self._shares_prefixes = not arguments.get("disable_radix_cache", False)
         self._version: WeightVersion | None = 0
         try:
             self._engine = make(**arguments)
@@ -62,15 +63,9 @@ class SglangEngine:
             raise EngineError(f"{self._name} holds half-loaded weights; load a full set first")
         if not requests:
             return []
-        try:
-            outputs = self._engine.generate(
-                input_ids=[request.tokens.tolist() for request in requests],
-                sampling_params=_sampling_params(sampling),
-                return_logprob=True,
-                return_routed_experts=capture,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise EngineError(f"{self._name} refused {len(requests)} requests: {error}") from error
+        prompts = [request.tokens.tolist() for request in requests]
+        self._warm_cache(prompts)
+        outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture)
         if len(outputs) != len(requests):
             raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
         pairs = zip(requests, outputs, strict=True)
@@ -111,6 +106,25 @@ class SglangEngine:
     def close(self) -> None:
         """Stop SGLang's processes."""
         self._engine.shutdown()
+
+    def _warm_cache(self, prompts: Sequence[list[int]]) -> None:
+        """Compute prompts that repeat (a group's samples share theirs) once, instead of once per sample.
+
+        SGLang prefills equal prompts that arrive together side by side; after a weight update, when its cache is empty,
+        that is most of the work of a step. The one token that this samples is thrown away.
+        """
+        repeated = {tuple(prompt) for prompt in prompts} if self._shares_prefixes else set()
+        if 0 < len(repeated) < len(prompts):
+            self._call([list(prompt) for prompt in sorted(repeated)], Sampling(1.0, 1))
+
+    def _call(self, prompts: Sequence[list[int]], sampling: Sampling, **options: bool) -> list[dict[str, Any]]:
+        try:
+            outputs: list[dict[str, Any]] = self._engine.generate(
+                input_ids=prompts, sampling_params=_sampling_params(sampling), **options
+            )
+        except (ValueError, RuntimeError) as error:
+            raise EngineError(f"{self._name} refused {len(prompts)} requests: {error}") from error
+        return outputs
 
     def _generation(self, index: int, request: Request, output: dict[str, Any], capture: bool) -> Generation:
         """Check one answer of SGLang and turn it into ours."""

@@ -111,8 +111,8 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
 def check_output_layer(model_dir: str | Path) -> None:
     """Raise `ConfigError` for a checkpoint with tied embeddings, whose output layer SGLang's Qwen3-MoE never fills.
 
-    SGLang 0.5.23 makes a separate `lm_head` (`models/qwen3_moe.py`) and loads it only from a tensor of that name, so such
-    a model samples uniformly.
+    SGLang 0.5.23 makes a separate `lm_head` (`models/qwen3_moe.py`) and loads it only from a tensor of that name, so
+    such a model samples uniformly.
     """
     if json.loads((Path(model_dir) / "config.json").read_text()).get("tie_word_embeddings", False):
         raise ConfigError(

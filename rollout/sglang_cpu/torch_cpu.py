@@ -26,14 +26,23 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def init_backend(self) -> None:
-        """Give the host allocator of routing capture a CPU entry; SGLang calls this once in each worker.
+        """Make two registrations; SGLang calls this once in each worker.
 
-        Without it the capture's host buffer is registered with the CUDA runtime (`mem_cache/pool_host/common.py`,
-        whose table has entries for npu, musa and xpu), and the engine dies at start.
+        The host allocator of routing capture gets a CPU entry: without one the capture's buffer is registered with the
+        CUDA runtime (`mem_cache/pool_host/common.py`, whose table has entries for npu, musa and xpu), and the engine
+        dies at start. The attention backend `torch_native` becomes the batched one.
         """
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.mem_cache.pool_host import common
 
         common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate_unpinned
+        register_attention_backend("torch_native")(_make_attention)
+
+
+def _make_attention(runner: Any) -> Any:
+    from r3.rollout.sglang_cpu.attention import BatchedDecodeBackend
+
+    return BatchedDecodeBackend(runner)
 
 
 def _allocate_unpinned(
