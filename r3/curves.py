@@ -14,8 +14,11 @@ Row = dict[str, float]
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Draw the rows of a `metrics.jsonl` as four panels into a PNG; without matplotlib say so once and draw nothing."""
+def draw_curves(rows: Sequence[Row], path: Path, final_eval: float | None = None) -> None:
+    """Draw the rows of a `metrics.jsonl` as four panels into a PNG; without matplotlib say so once and draw nothing.
+
+    `final_eval`: held-out reward after the last step, drawn behind it.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -23,19 +26,20 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         return
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
-    _reward(panels[0, 0], rows)
+    _reward(panels[0, 0], rows, final_eval)
     _mismatch(panels[0, 1], rows)
     _routers(panels[1, 0], rows)
     _time(panels[1, 1], rows)
     for panel in panels.flat:
         panel.set_xlabel("step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def _reward(panel: Any, rows: Sequence[Row]) -> None:
+def _reward(panel: Any, rows: Sequence[Row], final_eval: float | None) -> None:
     panel.set(title="Reward", ylabel="mean reward", ylim=(0, 1))
     steps, values = _series(rows, "rollout/reward_mean")
     panel.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1)
@@ -43,7 +47,10 @@ def _reward(panel: Any, rows: Sequence[Row]) -> None:
     if window:
         smooth = np.convolve(values, np.ones(window) / window, "valid")
         panel.plot(steps[window - 1 :], smooth, color=_BLUE, label=f"sampled, {window}-step mean")
-    panel.plot(*_series(rows, "eval/reward_mean"), "o-", color=_ORANGE, label="held-out, greedy")
+    steps, values = _series(rows, "eval/reward_mean")
+    if final_eval is not None:
+        steps, values = np.append(steps, rows[-1]["step"] + 1), np.append(values, final_eval)
+    panel.plot(steps, values, "o-", color=_ORANGE, label="held-out, greedy")
 
 
 def _mismatch(panel: Any, rows: Sequence[Row]) -> None:

@@ -61,7 +61,7 @@ def train(config: Config, task: Task, actors: Actors, run: RunDirectory, tracker
         result = trainers.step(step, credit, measures_native(config, step), rollout.batches)
         with clock("weights_s"):
             pool.load_weights(trainers.export())
-        report |= rollout_metrics(rollout) | result.metrics | clock.metrics(result)
+        report |= rollout_metrics(rollout) | dict(result.metrics) | clock.metrics(result)
         tracker.log(step, report)
         run.write_status("running", step=step)
         skipped = skipped + 1 if result.metrics["train/skipped_steps"] else 0

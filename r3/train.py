@@ -100,10 +100,11 @@ def _close(run: RunDirectory) -> None:
     from r3.curves import draw_curves
 
     rows = read_rows(run.metrics)
-    lines = summarise(rows, run.final_evaluation())
+    final_eval = run.final_evaluation()
+    lines = summarise(rows, final_eval)
     width = max(len(line.name) for line in lines)
     print("\n".join(f"  {line.name:<{width}}  {line.value}" for line in lines), flush=True)
-    draw_curves(rows, run.curves)
+    draw_curves(rows, run.curves, final_eval)
     print(f"trained model {run.hf}\ncurves {run.curves}", flush=True)
 
 

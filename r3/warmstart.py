@@ -86,7 +86,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeF
         intermediate_size=4 * recipe.hidden_size,
         max_position_embeddings=recipe.max_positions,
         norm_topk_prob=True,
-        # As the published ones: SGLang keeps an output layer of its own and leaves it empty when the checkpoint has none.
+        # As the published ones: SGLang keeps an output layer of its own, empty when the checkpoint has none.
         tie_word_embeddings=False,
         decoder_sparse_step=1,
         mlp_only_layers=[],

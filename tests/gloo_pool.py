@@ -1,0 +1,98 @@
+"""Two processes that joined over gloo once and then run one test function after another."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+TIMEOUT_S = 300.0
+
+
+class GlooPool:
+    """A context manager; `run(function, *args)` calls the picklable `function(*args)` in every rank at once.
+
+    The ranks have joined Megatron's parallel state as data-parallel ranks, so a function may use it and collectives.
+    """
+
+    def __init__(self, world: int = 2) -> None:
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        # Rank 0 opens the rendezvous, the others are told where.
+        address = self._receive(0)
+        for pipe in self._pipes:
+            pipe.send(address)
+        self._receive_all()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return what `function` returned in each rank, by rank; an error in any of them is raised here."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        return self._receive_all()
+
+    def __enter__(self) -> GlooPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+    def _receive_all(self) -> list[Any]:
+        return [self._receive(rank) for rank in range(len(self._pipes))]
+
+    def _receive(self, rank: int) -> Any:
+        if not self._pipes[rank].poll(TIMEOUT_S):
+            raise TimeoutError(f"rank {rank} of the gloo pool gave no answer within {TIMEOUT_S:g} s")
+        kind, value = self._pipes[rank].recv()
+        if kind == "error":
+            raise RuntimeError(f"rank {rank} of the gloo pool failed:\n{value}")
+        return value
+
+
+def _serve(rank: int, world: int, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    from r3.trainer import parallel
+
+    torch.set_num_threads(1)
+    store: dist.Store | None = None
+    if rank == 0:
+        store, _ = parallel.open_store(world)
+        pipe.send(("value", ("127.0.0.1", store.port)))
+    host, port = pipe.recv()
+    parallel.join(store or dist.TCPStore(host, port, world, is_master=False), rank, world, seed=0, timeout_s=TIMEOUT_S)
+    pipe.send(("value", None))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("value", function(*args)))
+        except Exception:  # noqa: BLE001 - whatever it was, the test that asked must see it
+            pipe.send(("error", traceback.format_exc()))

@@ -1,0 +1,69 @@
+"""The driver's handle: two real ranks as Ray actors, and what comes out when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from r3.errors import ConfigError, EngineError, RoutingError
+from r3.trainer.group import TrainerGroup
+from r3.types import ModelSpec, WeightBuckets
+from tests.megatron.toys import make_advantages, make_batch, make_config
+
+pytestmark = [pytest.mark.megatron, pytest.mark.ray]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(ray_session: None) -> None:
+    """Every test here runs its ranks on the session's cluster."""
+
+
+def is_weights(weights: object) -> tuple[bool, int, int]:
+    assert isinstance(weights, WeightBuckets)
+    return True, weights.version, weights.nbytes
+
+
+def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: Path) -> None:
+    spec = ModelSpec.from_directory(model_dir)
+    batch = make_batch(spec)
+    refs = [ray.put(batch)]
+    with TrainerGroup(make_config(trainer={"processes": 2}), model_dir) as group:
+        assert group.spec() == spec
+        assert group.versions()["device"] == "cpu"
+        assert group.audit(refs)["router/coverage"] == 1
+        result = group.step(1, make_advantages(batch), True, refs)
+        assert (result.step, result.weight_version) == (1, 1)
+        assert result.metrics["router/coverage"] == 1
+        _, version, size = ray.get(ray.remote(is_weights).remote(group.export()))
+        assert version == 1
+        assert size > 100_000
+        group.save_hf(tmp_path / "hf")
+        assert ModelSpec.from_directory(tmp_path / "hf") == spec
+        with pytest.raises(RoutingError, match="advantages"):
+            group.step(2, np.zeros(1, np.float32), False, refs)
+        pid = ray.get(group._ranks[1].__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="trainer rank 1 died in 'step'"):
+            group.step(2, make_advantages(batch), False, refs)
+
+
+def test_the_driver_needs_no_torch() -> None:
+    code = "import sys, r3.trainer.group; assert not {'torch', 'megatron', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_model_that_is_not_supported_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        TrainerGroup(make_config(), tmp_path)
+
+
+def test_a_start_that_takes_too_long_names_the_rank(model_dir: Path) -> None:
+    with pytest.raises(EngineError, match="trainer rank 0 did not finish 'start' in time"):
+        TrainerGroup(make_config(trainer={"start_timeout_s": 0.01}), model_dir)

@@ -1,0 +1,136 @@
+"""The rollout worker, in this process, over an engine without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r3.config import Config
+from r3.errors import ConfigError, EngineError, RoutingError
+from r3.rollout.engine import open_engine, stop_token_ids
+from r3.rollout.worker import RolloutWorker
+from r3.types import Prompt, WeightBuckets
+from tests.tiny_model import EOS, write_files
+
+MakeConfig = Callable[..., Config]
+PROMPTS = tuple(Prompt(i, f"prompt number {i}", str(i)) for i in range(8))
+
+
+def worker(config: Config, model_dir: Path) -> RolloutWorker:
+    return RolloutWorker(config, str(model_dir), 0)
+
+
+def test_samples_come_group_by_group_with_their_own_reward_and_routing(
+    make_config: MakeConfig, model_dir: Path
+) -> None:
+    report, batch = worker(make_config(), model_dir).generate(PROMPTS, 5, 3)
+
+    trajectories = batch.trajectories()
+    assert [(t.group, t.member) for t in trajectories] == [(5 + i, m) for i in range(8) for m in range(3)]
+    assert batch.facts() == report.facts
+    for i, trajectory in enumerate(trajectories):
+        assert trajectory.reward == PROMPTS[i // 3].index * 1000 + trajectory.response_len
+        assert trajectory.prompt_len == len(PROMPTS[i // 3].text)
+        assert trajectory.routing is not None
+        assert trajectory.routing.rows == len(trajectory.tokens) - 1
+        trajectory.routing.verify(trajectory.tokens)
+    assert report.response_tokens == sum(t.response_len for t in trajectories)
+    assert report.routing_bytes == batch.experts.nbytes
+    assert report.routing_rows == len(batch.tokens) - len(batch)
+
+
+def test_a_bad_record_stops_the_run_and_names_the_sample(make_config: MakeConfig, model_dir: Path) -> None:
+    with pytest.raises(RoutingError, match=r"prompt 0, group 0, member 0: .*made-up defect.*drop_sample"):
+        worker(make_config({"bad_every": 5}), model_dir).generate(PROMPTS, 0, 3)
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("bad_every", "made-up defect"), ("abort_every", "aborted")])
+def test_unusable_samples_are_dropped_and_counted(
+    make_config: MakeConfig, model_dir: Path, fault: str, reason: str
+) -> None:
+    report, batch = worker(make_config({fault: 5}, on_error="drop_sample"), model_dir).generate(PROMPTS, 0, 3)
+
+    gone = [(number // 3, number % 3) for number in range(0, 24, 5)]
+    assert [(d.group, d.member) for d in report.dropped] == gone
+    assert all(reason in d.reason for d in report.dropped)
+    assert [(f.group, f.member) for f in report.facts] == [
+        (g, m) for g in range(8) for m in range(3) if (g, m) not in gone
+    ]
+    assert len(batch) == 24 - len(gone)
+
+
+def test_a_layer_that_never_changes_is_refused_even_where_samples_are_dropped(
+    make_config: MakeConfig, model_dir: Path
+) -> None:
+    with pytest.raises(RoutingError, match="layer 2 routes all"):
+        worker(make_config({"constant_layer": 2}, on_error="drop_sample"), model_dir).generate(PROMPTS, 0, 3)
+
+
+def test_evaluation_scores_greedy_answers_in_order(make_config: MakeConfig, model_dir: Path) -> None:
+    report = worker(make_config(), model_dir).evaluate(PROMPTS)
+
+    assert report.rewards == tuple(prompt.index * 1000 + 2 for prompt in PROMPTS)
+
+
+def test_new_weights_stamp_what_follows(make_config: MakeConfig, model_dir: Path) -> None:
+    rollouts = worker(make_config(), model_dir)
+    assert rollouts.load_weights(WeightBuckets(version=7, buckets=())) >= 0
+
+    report, batch = rollouts.generate(PROMPTS, 0, 1)
+    assert report.weight_version == 7
+    assert set(batch.weight_versions.tolist()) == {7}
+    assert {span.weight_version for spans in batch.spans for span in spans} == {7}
+
+
+def test_canary_returns_a_batch_of_sampled_answers(make_config: MakeConfig, model_dir: Path) -> None:
+    report, batch = worker(make_config(), model_dir).canary(PROMPTS)
+
+    assert (report.equal_tokens, report.equal_rows) == (1.0, 1.0)
+    assert report.cached_tokens == sum(len(prompt.text) - 1 for prompt in PROMPTS)
+    assert batch.groups.tolist() == list(range(8))
+
+
+def test_canary_refuses_rows_that_change_with_the_cache(make_config: MakeConfig, model_dir: Path) -> None:
+    with pytest.raises(RoutingError, match=r"start-up canary: only 0\.0% of the prompt's routing rows"):
+        worker(make_config({"stale_cache": True}), model_dir).canary(PROMPTS)
+
+
+def test_a_run_without_capture_has_no_routing(make_config: MakeConfig, model_dir: Path) -> None:
+    config = Config.model_validate(
+        make_config().model_dump() | {"routing": {"capture": False}, "replay": {"mode": "none"}}
+    )
+    report, batch = worker(config, model_dir).generate(PROMPTS, 0, 2)
+
+    assert batch.experts is None
+    assert report.routing_bytes == report.routing_rows == 0
+    assert len(report.facts) == 16
+
+
+def test_unknown_engines_are_named(make_config: MakeConfig, model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="'tgi' is unknown"):
+        open_engine(make_config(engine="tgi"), model_dir, 0)
+    with pytest.raises(ConfigError, match="Missing"):
+        open_engine(make_config(engine="tests.fake_engine:Missing"), model_dir, 0)
+
+
+def test_stop_tokens_are_those_of_both_configs(tmp_path: Path) -> None:
+    assert stop_token_ids(write_files(tmp_path / "one")) == (EOS,)
+    assert stop_token_ids(write_files(tmp_path / "two", eos_token_id=[9, EOS])) == (EOS, 9)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match="names no eos_token_id"):
+        stop_token_ids(tmp_path / "none")
+
+
+def test_a_prompt_without_tokens_is_refused(make_config: MakeConfig, model_dir: Path) -> None:
+    with pytest.raises(EngineError, match="prompt 3 has no tokens"):
+        worker(make_config(), model_dir).evaluate((Prompt(3, "", ""),))
+
+
+def test_record_arrays_are_narrow_and_contiguous(make_config: MakeConfig, model_dir: Path) -> None:
+    _, batch = worker(make_config(), model_dir).generate(PROMPTS, 0, 3)
+
+    assert batch.experts.dtype == np.uint8
+    assert batch.experts.flags.c_contiguous
