@@ -73,10 +73,11 @@ def train(config: Config, task: Task, actors: Actors, run: RunDirectory, tracker
 
 
 def prove(config: Config, task: Task, actors: Actors, run: RunDirectory) -> None:
-    """Compare the two models and, as a canary, replay a few greedy generations before anything is trained.
+    """Compare the two models and, as a canary, replay a few generations before anything is trained.
 
-    Raises `EngineError` when the engine does not capture, when cold and cached generations differ, when a layer did
-    not consult replay, or when the record fits better shifted by one row than as it stands.
+    Raises `EngineError` when the engine does not capture, when rows were not replayed, or when the record fits better
+    shifted by one row than as it stands; `RoutingError` when cached rows differ from freshly computed ones or a layer
+    did not consult replay.
     """
     spec = actors.pool.spec()
     spec.model.require_same(actors.trainers.spec(), "engine", "trainer")

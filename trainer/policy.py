@@ -166,7 +166,7 @@ class Policy:
         reports, counts, replay_s = self._run(model, microbatches, use, self._no_loss, forward_only=True)
         flat = np.zeros(len(step.rollout_logprobs), np.float64)
         for microbatch, report in zip(microbatches, reports, strict=True):
-            flat[microbatch.targets[microbatch.targets >= 0]] = report["logprobs"].cpu().numpy()
+            flat[microbatch.targets[microbatch.targets >= 0]] = report["logprobs"].detach().cpu().numpy()
         return LogprobPass(flat, counts, replay_s)
 
     def _run(

@@ -231,9 +231,8 @@ class _Visit:
         """Return scores and ids `[tokens, k]` of the experts to use: recorded where there is a record, else the own."""
         assert default_compute_topk is not None
         force = self._active.routing.force
-        # Where routing is forced the own choice is only compared: it needs no graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not force):
-            values, own = default_compute_topk(scores, topk, num_groups, group_topk)
+        # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
+        values, own = default_compute_topk(scores.detach() if force else scores, topk, num_groups, group_topk)
         begin = time.perf_counter()
         ids = self._active.ids(self._column)
         if ids.shape != own.shape:

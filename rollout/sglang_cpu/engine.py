@@ -35,6 +35,11 @@ class CpuEngine(Engine):
     run_scheduler_process_func = staticmethod(run_scheduler_process)
     run_detokenizer_process_func = staticmethod(run_detokenizer_process)
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # SGLang's CPU platform collects garbage on every cache flush: 0.4 s over imported modules, 2 ms without them.
+        self.freeze_gc()
+
     @classmethod
     def _launch_detokenizer_subprocesses(
         cls, server_args: Any, *args: Any, **kwargs: Any

@@ -17,12 +17,7 @@ from r3.trainer.group import TrainerGroup
 from r3.types import ModelSpec, WeightBuckets
 from tests.megatron.toys import make_advantages, make_batch, make_config
 
-pytestmark = [pytest.mark.megatron, pytest.mark.ray]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(ray_session: None) -> None:
-    """Every test here runs its ranks on the session's cluster."""
+pytestmark = [pytest.mark.megatron, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 def is_weights(weights: object) -> tuple[bool, int, int]:

@@ -115,7 +115,9 @@ def own_routing(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBat
 
     replay._Visit.account = record  # type: ignore[method-assign]
     try:
-        policy.logprobs(microbatches, step, RoutingUse(force=False))
+        # With gradients, as in training: megatron-core 0.19 leaves the top-k unsorted without.
+        policy.model.eval()
+        policy._forward(policy.model, microbatches, step, RoutingUse(force=False))
     finally:
         replay._Visit.account = account  # type: ignore[method-assign]
     layers = len(policy._arch.spec.moe_layers)
