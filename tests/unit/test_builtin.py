@@ -64,7 +64,7 @@ def test_model_is_what_the_recipe_says(random_model: Path) -> None:
         "num_experts": 16,
         "num_experts_per_tok": 4,
         "hidden_size": 128,
-        "head_dim": 32,
+        "head_dim": 64,
         "moe_intermediate_size": 64,
         "norm_topk_prob": True,
         "tie_word_embeddings": False,
