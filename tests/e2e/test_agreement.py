@@ -32,7 +32,8 @@ def test_engine_and_trainer_agree_in_float32(
         found = dict(trainers.audit([ray.put(batch)]))
 
     assert found["mismatch/abs_max"] < 1e-4
-    assert found["mismatch_native/abs_max"] < 1e-4
+    # Without replay a near-tie may flip and move single tokens by more.
+    assert found["mismatch_native/abs_mean"] < 1e-5
     assert found["router/coverage"] == 1
     assert found["router/mismatched_ids"] == 0
     assert batch.experts is not None
