@@ -178,15 +178,33 @@ class TrainerConfig(Section):
     """Megatron-core trainer ranks and their optimizer."""
 
     processes: int = Field(1, ge=1)
-    """Trainer ranks (data parallel)."""
+    """Trainer ranks: data parallel x the sizes below."""
     gpus_per_process: float = Field(0, ge=0)
     """GPUs per rank; 0 trains on the CPU over gloo."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; bfloat16 keeps fp32 main parameters."""
     micro_batch_size: int = Field(64, ge=1)
     """Trajectories per microbatch."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recompute."""
+    packed: bool = True
+    """Sequences end to end in one row (THD) instead of right-padded to the longest."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Ranks that share every matrix (with sequence parallelism)."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    context_parallel: int = Field(1, ge=1)
+    """Ranks that share every sequence."""
+    expert_parallel: int = Field(1, ge=1)
+    """Ranks that share the experts of a layer."""
+    expert_tensor_parallel: int | None = Field(None, ge=1)
+    """Ranks that share one expert's matrices; null takes tensor_parallel."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state and main parameters over the data-parallel ranks."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens travel to experts on other ranks."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activation recompute; `selective` recomputes attention cores and MoE layers."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate (AdamW)."""
     lr_warmup_steps: int = Field(5, ge=0)
@@ -205,6 +223,41 @@ class TrainerConfig(Section):
     """Longest start of all ranks, in seconds."""
     timeout_s: float = Field(1800, gt=0)
     """Longest training step, in seconds."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that work on different trajectories."""
+        return self.processes // (self.tensor_parallel * self.pipeline_parallel * self.context_parallel)
+
+    @property
+    def expert_tensor(self) -> int:
+        """`expert_tensor_parallel` with its default resolved."""
+        return self.expert_tensor_parallel or self.tensor_parallel
+
+    @model_validator(mode="after")
+    def _layout(self) -> TrainerConfig:
+        tensor, stages = self.tensor_parallel, self.pipeline_parallel
+        dense = tensor * stages * self.context_parallel
+        if self.processes % dense:
+            raise ValueError(
+                f"trainer.processes={self.processes} is not divisible by tensor_parallel x pipeline_parallel x "
+                f"context_parallel = {dense}"
+            )
+        experts = self.expert_tensor * self.expert_parallel * stages
+        if self.processes % experts:
+            raise ValueError(
+                f"trainer.processes={self.processes} is not divisible by expert_tensor_parallel x expert_parallel x "
+                f"pipeline_parallel = {experts}"
+            )
+        if tensor > 1 and self.expert_tensor != tensor and self.expert_parallel == 1:
+            raise ValueError(
+                f"trainer.tensor_parallel={tensor} with expert_tensor_parallel={self.expert_tensor} and "
+                "expert_parallel=1: Megatron-core would not reduce the experts' gradients over the tensor-parallel "
+                "ranks; leave expert_tensor_parallel unset or use expert_parallel > 1"
+            )
+        if self.virtual_pipeline > 1 and stages == 1:
+            raise ValueError("trainer.virtual_pipeline needs pipeline_parallel > 1; a single stage has no bubble")
+        return self
 
 
 class GrpoConfig(Section):

@@ -1,17 +1,20 @@
 """Trajectories -> microbatches in which token, position, label and routing row t stand at the same place.
 
 numpy only. Row t of a microbatch is the forward pass with token t as input: its routing is the record's row t and its
-logits predict token t+1. The last token of a trajectory is an input without label and record.
+logits predict token t+1. The last token of a trajectory is an input without label and record. A rank gets its own rows:
+those of its context-parallel chunks, and of them for its routers those of its sequence-parallel part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from r3.config import TrainerConfig
 from r3.errors import RoutingError
 from r3.routing import ExpertIds, expert_dtype
 from r3.trainer.rows import RowClasses
@@ -77,12 +80,72 @@ class StepBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a rank's microbatches are laid out.
+
+    `packed`: sequences end to end in one row, else one row each, right-padded. `context`, `sequence`: this rank and the
+    number of ranks that share the sequences (zigzag) and, of a context rank's rows, those that its routers see (Megatron's
+    sequence parallelism). `columns`: MoE layers of this rank's model, as columns of a record; None for all of them.
+    `at_least`: rows and length that every microbatch is padded to, where a schedule or dispatcher needs equal shapes.
+    """
+
+    packed: bool = False
+    context: tuple[int, int] = (0, 1)
+    sequence: tuple[int, int] = (0, 1)
+    columns: tuple[int, ...] | None = None
+    at_least: tuple[int, int] = (1, 1)
+
+    @property
+    def sequence_unit(self) -> int:
+        """A packed sequence is padded to a multiple of this: two equal chunks for every context rank."""
+        return 2 * self.context[1] if self.context[1] > 1 else 1
+
+    @property
+    def unit(self) -> int:
+        """A row of a microbatch is padded to a multiple of this."""
+        return math.lcm(self.sequence_unit, self.context[1] * self.sequence[1])
+
+    def lengths(self, tokens: Sequence[int]) -> list[int]:
+        """Return the padded length of every packed sequence, a tail of pads included where the row needs one."""
+        lengths = [_round_up(size, self.sequence_unit) for size in tokens]
+        filled = sum(lengths)
+        whole = _round_up(max(filled, self.at_least[1], 1), self.unit)
+        return lengths + ([whole - filled] if whole > filled else [])
+
+    def shape(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return rows and length of the microbatch of sequences with that many `tokens`, before any cut."""
+        if self.packed:
+            return 1, sum(self.lengths(tokens))
+        length = _round_up(max([*tokens, self.at_least[1]]), self.unit)
+        return max(len(tokens), self.at_least[0]), length
+
+    def context_rows(self, lengths: Iterable[int]) -> Ints:
+        """Return the positions of a row that this context rank works on, sequence by sequence (`lengths`)."""
+        (rank, size), begin, parts = self.context, 0, []
+        for length in lengths:
+            if size == 1:
+                parts.append(np.arange(begin, begin + length))
+            else:
+                chunks = np.arange(begin, begin + length).reshape(2 * size, -1)
+                parts += [chunks[rank], chunks[2 * size - 1 - rank]]
+            begin += length
+        return np.concatenate(parts)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Some trajectories, right-padded to the longest.
+    """This rank's part of some trajectories, one row each (right-padded) or packed into one row.
 
     `tokens`, `positions`, `labels` int64 `[b, s]`; `targets` int64 `[b, s]`: index of the predicted token among the
-    step's response tokens (`StepBatch`), -1 where the row is not trained; `experts` `[b, s, layers, k]` or None when no
-    trajectory has a record; `recorded` bool `[b, s]`; `rows`: how many rows are of which kind.
+    step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s` rows
+    under sequence parallelism: `experts` `[b, r, layers, k]` of the rank's MoE layers, or None when no trajectory has a
+    record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch.
+    `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and length
+    of the uncut microbatch. `rows`: how many rows of it are of which kind.
     """
 
     tokens: Ints
@@ -91,17 +154,27 @@ class MicroBatch:
     targets: Ints
     experts: ExpertIds | None
     recorded: Bools
+    pads: Bools
+    order: Ints
+    lengths: tuple[int, ...] | None
+    shape: tuple[int, int]
     rows: RowClasses
 
 
 def share(
-    trajectories: Sequence[Trajectory], *, mini_steps: int, rank: int, world: int, micro_batch_size: int
+    trajectories: Sequence[Trajectory],
+    *,
+    mini_steps: int,
+    rank: int,
+    world: int,
+    micro_batch_size: int,
+    multiple: int = 1,
 ) -> Shares:
     """Return the samples of one data-parallel rank, by mini-step and microbatch.
 
     Mini-steps take equal shares of the *groups*; inside one, samples are dealt to the ranks in order of length and cut
-    into microbatches of similar length. All ranks get the same number of microbatches (some may be empty), and every
-    sample goes to exactly one place. Mini-steps without a sample (all dropped) are left out.
+    into microbatches of similar length. All ranks get the same number of microbatches, a `multiple` of what the pipeline
+    schedule needs (some may be empty), and every sample goes to exactly one place. Mini-steps without a sample (all dropped) are left out.
     """
     groups = np.array([trajectory.group for trajectory in trajectories])
     lengths = np.array([len(trajectory.tokens) for trajectory in trajectories])
@@ -112,35 +185,115 @@ def share(
             continue
         ordered = members[np.argsort(-lengths[members], kind="stable")]
         largest = -(-len(ordered) // world)
-        cuts = np.array_split(ordered[rank::world], -(-largest // micro_batch_size))
+        parts = _round_up(-(-largest // micro_batch_size), multiple)
+        cuts = np.array_split(ordered[rank::world], parts)
         steps.append(tuple(tuple(int(i) for i in cut) for cut in cuts))
     return tuple(steps)
 
 
-def microbatch(step: StepBatch, samples: Sequence[int], spec: ModelSpec) -> MicroBatch:
-    """Pad and align the given samples; check every routing record before it is used.
+def microbatch(step: StepBatch, samples: Sequence[int], spec: ModelSpec, form: Form | None = None) -> MicroBatch:
+    """Lay out the given samples in `form` (default: padded, whole); check every routing record before it is cut.
 
-    No sample at all gives one padded row, which a rank runs to keep in step with the others. Raises `RoutingError`.
+    No sample at all gives a row of pads, which a rank runs to keep in step with the others. Raises `RoutingError`.
     """
+    form = form or Form()
     chosen = [step.trajectories[i] for i in samples]
-    shape = (max(len(chosen), 1), max((len(trajectory.tokens) for trajectory in chosen), default=1))
-    tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    targets, recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
-    captured = any(trajectory.routing is not None for trajectory in step.trajectories)
-    experts = np.zeros((*shape, len(spec.moe_layers), spec.top_k), expert_dtype(spec.num_experts)) if captured else None
-    rows = RowClasses(pads=shape[0] * shape[1])
+    sizes = [len(trajectory.tokens) for trajectory in chosen]
+    shape = form.shape(sizes)
+    lengths = form.lengths(sizes) if form.packed else [shape[1]]
+    whole = _Whole(step, spec, form, shape)
+    begin = 0
     for b, (i, trajectory) in enumerate(zip(samples, chosen, strict=True)):
+        whole.place(i, trajectory, *((0, begin) if form.packed else (b, 0)))
+        begin += lengths[b] if form.packed else 0
+    if form.packed:
+        whole.positions[:] = np.concatenate([np.arange(length) for length in lengths])
+    return whole.cut(lengths)
+
+
+class _Whole:
+    """A microbatch before it is cut to one rank's rows."""
+
+    def __init__(self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
+        self.spec, self.form, self.offsets = spec, form, step.offsets
+        self.columns = list(form.columns if form.columns is not None else range(len(spec.moe_layers)))
+        self.tokens, self.labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
+        self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
+        self.pads = np.ones(shape, np.bool_)
+        captured = any(trajectory.routing is not None for trajectory in step.trajectories)
+        dtype = expert_dtype(spec.num_experts)
+        self.experts = np.zeros((*shape, len(self.columns), spec.top_k), dtype) if captured else None
+        self.rows = RowClasses(pads=shape[0] * shape[1])
+
+    def place(self, i: int, trajectory: Trajectory, b: int, begin: int) -> None:
+        """Put trajectory `i` of the step into row `b` from position `begin` on."""
         size, prompt = len(trajectory.tokens), trajectory.prompt_len
-        tokens[b, :size] = trajectory.tokens
-        labels[b, : size - 1] = trajectory.tokens[1:]
-        targets[b, prompt - 1 : size - 1] = np.arange(step.offsets[i], step.offsets[i + 1])
+        self.tokens[b, begin : begin + size] = trajectory.tokens
+        self.labels[b, begin : begin + size - 1] = trajectory.tokens[1:]
+        trained = slice(begin + prompt - 1, begin + size - 1)
+        self.targets[b, trained] = np.arange(self.offsets[i], self.offsets[i + 1])
+        self.pads[b, begin : begin + size] = False
         found = 0
-        if trajectory.routing is not None and experts is not None:
-            where = positions_of_record(trajectory, spec)
-            experts[b, where], recorded[b, where], found = trajectory.routing.experts, True, len(where)
-        rows += RowClasses(rows=size, required=found, missing=size - 1 - found, pads=-size)
-    positions = np.broadcast_to(np.arange(shape[1]), shape)
-    return MicroBatch(tokens, positions, labels, targets, experts, recorded, rows)
+        if trajectory.routing is not None and self.experts is not None:
+            where = begin + positions_of_record(trajectory, self.spec)
+            self.experts[b, where] = trajectory.routing.experts[:, self.columns]
+            self.recorded[b, where], found = True, len(where)
+        self.rows += RowClasses(rows=size, required=found, missing=size - 1 - found, pads=-size)
+
+    def cut(self, lengths: Sequence[int]) -> MicroBatch:
+        """Return this rank's rows; `lengths` of the sequences in every row."""
+        mine = self.form.context_rows(lengths)
+        rank, size = self.form.sequence
+        routed = mine.reshape(size, -1)[rank]
+        order = np.arange(self.tokens.size).reshape(self.tokens.shape)
+        return MicroBatch(
+            tokens=self.tokens[:, mine],
+            positions=self.positions[:, mine],
+            labels=self.labels[:, mine],
+            targets=self.targets[:, mine],
+            experts=None if self.experts is None else self.experts[:, routed],
+            recorded=self.recorded[:, routed],
+            pads=self.pads[:, routed],
+            order=order[:, routed],
+            lengths=tuple(int(length) for length in lengths) if self.form.packed else None,
+            shape=(self.tokens.shape[0], self.tokens.shape[1]),
+            rows=self.rows,
+        )
+
+
+def plan_step(
+    step: StepBatch, trainer: TrainerConfig, mini_steps: int, form: Form, data: tuple[int, int]
+) -> tuple[Shares, Form]:
+    """Return the samples of data-parallel rank `data` (rank, size) by mini-step and microbatch, and their form."""
+    rank, size = data
+
+    def plan(rank: int) -> Shares:
+        return share(
+            step.trajectories,
+            mini_steps=mini_steps,
+            rank=rank,
+            world=size,
+            micro_batch_size=trainer.micro_batch_size,
+            # The interleaved schedule runs microbatches in groups of one per stage.
+            multiple=trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1,
+        )
+
+    # The allgather dispatcher joins the rows of all expert-parallel ranks, and its pipelines cannot tell shapes.
+    if trainer.dispatcher == "allgather" and (trainer.expert_parallel > 1 or trainer.pipeline_parallel > 1):
+        form = equal_shapes(step, [plan(other) for other in range(size)], form)
+    return plan(rank), form
+
+
+def equal_shapes(step: StepBatch, plans: Sequence[Shares], form: Form) -> Form:
+    """Return `form` with every microbatch of every rank (`plans`) padded to the shape of the largest."""
+    shapes = [
+        form.shape([len(step.trajectories[i].tokens) for i in samples])
+        for plan in plans
+        for mini_step in plan
+        for samples in mini_step
+    ]
+    return replace(form, at_least=(max(rows for rows, _ in shapes), max(length for _, length in shapes)))
 
 
 def positions_of_record(trajectory: Trajectory, spec: ModelSpec) -> Ints:

@@ -1,7 +1,8 @@
-"""Hugging Face <-> Megatron-core weights of Qwen3-MoE.
+"""Hugging Face <-> Megatron-core weights of Qwen3-MoE, in any layout.
 
-The map is driven by Megatron's *local* parameter names, each of which names the Hugging Face tensors that it is made
-of; a rank therefore reads only what its own layers and experts need.
+The map is driven by Megatron's *local* parameter names: each becomes a global one (layer and expert numbers of the whole
+model) that names the Hugging Face tensors it is made of; a rank therefore reads only what its own layers and experts
+need, and keeps its tensor-parallel part of it.
 """
 
 from __future__ import annotations
@@ -12,28 +13,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from r3.errors import CheckpointError
-from r3.trainer.megatron import GPTModel
+from r3.trainer.megatron import GPTModel, parallel_state
 from r3.trainer.model import Architecture
 
 Tensors = tuple[torch.Tensor, ...]
+Cut = Literal["none", "rows", "columns", "halves"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One Megatron parameter as a function of Hugging Face tensors, and back.
 
-    `pattern` is matched against the whole Megatron name; its groups fill `sources`.
+    `pattern` is matched against the whole global Megatron name; its groups fill `sources`. `cut`: how tensor parallelism
+    (expert tensor parallelism for experts) divides the merged tensor: by `rows`, by `columns`, by rows of both `halves`,
+    or not at all.
     """
 
     pattern: re.Pattern[str]
     sources: tuple[str, ...]
     merge: Callable[[Architecture, Tensors], torch.Tensor]
     split: Callable[[Architecture, torch.Tensor], Tensors]
+    cut: Cut = "none"
 
 
 def _merge_qkv(arch: Architecture, parts: Tensors) -> torch.Tensor:
@@ -71,14 +77,15 @@ def _rule(
     *sources: str,
     merge: Callable[[Architecture, Tensors], torch.Tensor] = _one,
     split: Callable[[Architecture, torch.Tensor], Tensors] = _same,
+    cut: Cut = "none",
 ) -> Rule:
-    return Rule(re.compile(re.escape(megatron).replace(r"\#", r"(\d+)")), sources, merge, split)
+    return Rule(re.compile(re.escape(megatron).replace(r"\#", r"(\d+)")), sources, merge, split, cut)
 
 
 _LAYER, _HF = "decoder.layers.#.", "model.layers.{0}."
 RULES = (
-    _rule("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    _rule("output_layer.weight", "lm_head.weight"),
+    _rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", cut="rows"),
+    _rule("output_layer.weight", "lm_head.weight", cut="rows"),
     _rule("decoder.final_layernorm.weight", "model.norm.weight"),
     _rule(_LAYER + "input_layernorm.weight", _HF + "input_layernorm.weight"),
     _rule(_LAYER + "pre_mlp_layernorm.weight", _HF + "post_attention_layernorm.weight"),
@@ -87,8 +94,9 @@ RULES = (
         *(f"{_HF}self_attn.{part}_proj.weight" for part in "qkv"),
         merge=_merge_qkv,
         split=_split_qkv,
+        cut="rows",
     ),
-    _rule(_LAYER + "self_attention.linear_proj.weight", _HF + "self_attn.o_proj.weight"),
+    _rule(_LAYER + "self_attention.linear_proj.weight", _HF + "self_attn.o_proj.weight", cut="columns"),
     _rule(_LAYER + "self_attention.q_layernorm.weight", _HF + "self_attn.q_norm.weight"),
     _rule(_LAYER + "self_attention.k_layernorm.weight", _HF + "self_attn.k_norm.weight"),
     _rule(_LAYER + "mlp.router.weight", _HF + "mlp.gate.weight"),
@@ -98,16 +106,22 @@ RULES = (
         _HF + "mlp.experts.{1}.up_proj.weight",
         merge=_stack,
         split=_halves,
+        cut="halves",
     ),
-    _rule(_LAYER + "mlp.experts.local_experts.#.linear_fc2.weight", _HF + "mlp.experts.{1}.down_proj.weight"),
+    _rule(
+        _LAYER + "mlp.experts.local_experts.#.linear_fc2.weight",
+        _HF + "mlp.experts.{1}.down_proj.weight",
+        cut="columns",
+    ),
     _rule(
         _LAYER + "mlp.linear_fc1.weight",
         _HF + "mlp.gate_proj.weight",
         _HF + "mlp.up_proj.weight",
         merge=_stack,
         split=_halves,
+        cut="halves",
     ),
-    _rule(_LAYER + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight"),
+    _rule(_LAYER + "mlp.linear_fc2.weight", _HF + "mlp.down_proj.weight", cut="columns"),
 )
 
 
@@ -120,37 +134,143 @@ def find_rule(name: str) -> tuple[Rule, tuple[str, ...]]:
     raise CheckpointError(f"no conversion rule for the Megatron parameter {name!r}")
 
 
-def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield `(name, parameter)` of a model without the prefixes of its wrappers (DDP, Float16Module)."""
-    for name, parameter in model.named_parameters():
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
-        yield name, parameter
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """One parameter of this rank: its global Megatron name, and which of how many tensor-parallel parts it is."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    rule: Rule
+    sources: tuple[str, ...]
+    part: int
+    parts: int
+
+
+def named_weights(chunks: torch.nn.Module | Sequence[torch.nn.Module], arch: Architecture) -> Iterator[Weight]:
+    """Yield the parameters of a model, or of the chunks that a pipeline stage holds of it, wrapped or not."""
+    for chunk in [chunks] if isinstance(chunks, torch.nn.Module) else chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        for name, parameter in chunk.named_parameters():
+            whole = _global_name(chunk, name)
+            if arch.tied and whole == "output_layer.weight":
+                # The last stage's copy of the embedding, which Megatron keeps equal.
+                whole = "embedding.word_embeddings.weight"
+            rule, sources = find_rule(whole)
+            part, parts = (0, 1) if rule.cut == "none" else _tensor_rank(expert=".local_experts." in whole)
+            yield Weight(whole, parameter, rule, sources, part, parts)
+
+
+def _global_name(chunk: GPTModel, name: str) -> str:
+    found = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if not found:
+        return name
+    layer, rest = chunk.decoder.layers[int(found[1])], found[2]
+    expert = re.match(r"mlp\.experts\.local_experts\.(\d+)\.(.*)", rest)
+    if expert:
+        first = layer.mlp.local_expert_indices[0]
+        rest = f"mlp.experts.local_experts.{first + int(expert[1])}.{expert[2]}"
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
+
+
+def _tensor_rank(*, expert: bool) -> tuple[int, int]:
+    group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
+    return group.rank(), group.size()
+
+
+def cut_weight(whole: torch.Tensor, cut: Cut, part: int, parts: int) -> torch.Tensor:
+    """Return part `part` of `parts` of a merged tensor."""
+    if parts == 1 or cut == "none":
+        return whole
+    if cut == "halves":
+        return torch.cat([half.chunk(parts)[part] for half in whole.chunk(2)])
+    return whole.chunk(parts, 0 if cut == "rows" else 1)[part]
+
+
+def join_weight(pieces: Sequence[torch.Tensor], cut: Cut) -> torch.Tensor:
+    """Undo `cut_weight`."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if cut == "halves":
+        return torch.cat([torch.cat(halves) for halves in zip(*(piece.chunk(2) for piece in pieces), strict=True)])
+    return torch.cat(tuple(pieces), 0 if cut == "rows" else 1)
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, arch: Architecture, directory: str | Path) -> None:
-    """Fill every parameter of `model` from the safetensors files in `directory`, cast to the parameter's dtype.
+def load_weights(
+    chunks: torch.nn.Module | Sequence[torch.nn.Module], arch: Architecture, directory: str | Path
+) -> None:
+    """Fill every parameter of this rank from the safetensors files in `directory`, cast to the parameter's dtype.
 
     Raises `CheckpointError` for a tensor that is missing or has another shape.
     """
     with HfTensors(Path(directory)) as tensors:
-        for name, parameter in named_weights(model):
-            rule, sources = find_rule(name)
-            value = rule.merge(arch, tuple(tensors.read(source) for source in sources))
-            if value.shape != parameter.shape:
+        for weight in named_weights(chunks, arch):
+            whole = weight.rule.merge(arch, tuple(tensors.read(source) for source in weight.sources))
+            value = cut_weight(whole, weight.rule.cut, weight.part, weight.parts)
+            if value.shape != weight.parameter.shape:
                 raise CheckpointError(
-                    f"{directory}: {' + '.join(sources)} gives shape {tuple(value.shape)}, "
-                    f"config.json promises {tuple(parameter.shape)}"
+                    f"{directory}: {' + '.join(weight.sources)} gives shape {tuple(value.shape)}, "
+                    f"config.json promises {tuple(weight.parameter.shape)}"
                 )
-            parameter.copy_(value)
+            weight.parameter.copy_(value)
 
 
-def export_weights(model: torch.nn.Module, arch: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `(Hugging Face name, tensor)` of every weight, one expert a name, as checkpoint files have them."""
-    for name, parameter in named_weights(model):
+def export_weights(
+    chunks: torch.nn.Module | Sequence[torch.nn.Module],
+    arch: Architecture,
+    value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield `(Hugging Face name, tensor)` of every weight on rank 0, one expert a name, as checkpoint files have them.
+
+    Collective: every rank must exhaust the iterator; the others yield nothing and send their parts, one at a time.
+    `value` picks what is exported of a parameter.
+    """
+    held = {(weight.name, weight.part): weight for weight in named_weights(chunks, arch)}
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = [(name, part, weight.parts) for (name, part), weight in held.items()]
+    everywhere: list[Any] = [mine]
+    if world > 1:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, mine)
+    owners: dict[tuple[str, int], int] = {}
+    counts: dict[str, int] = {}
+    for owner, entries in enumerate(everywhere):
+        for name, part, parts in entries:
+            owners.setdefault((name, part), owner)
+            counts[name] = parts
+    for name, parts in counts.items():
         rule, sources = find_rule(name)
-        yield from zip(sources, rule.split(arch, parameter.detach()), strict=True)
+        pieces = [_fetch(held.get((name, part)), owners[name, part], rank, value) for part in range(parts)]
+        if rank == 0:
+            whole = join_weight([piece for piece in pieces if piece is not None], rule.cut)
+            yield from zip(sources, rule.split(arch, whole), strict=True)
+
+
+def _fetch(
+    weight: Weight | None, owner: int, rank: int, value: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> torch.Tensor | None:
+    """Return the owner's tensor on rank 0, over the host: the parts are small and go one by one."""
+    if rank == owner == 0:
+        assert weight is not None
+        return value(weight.parameter)
+    if rank == owner:
+        assert weight is not None
+        tensor = value(weight.parameter).cpu().contiguous()
+        dist.send_object_list([(tuple(tensor.shape), tensor.dtype)], 0, device=torch.device("cpu"))
+        dist.send(tensor.reshape(-1).view(torch.uint8), 0)
+    elif rank == 0:
+        facts: list[Any] = [None]
+        dist.recv_object_list(facts, owner, device=torch.device("cpu"))
+        shape, dtype = facts[0]
+        tensor = torch.empty(shape, dtype=dtype)
+        dist.recv(tensor.reshape(-1).view(torch.uint8), owner)
+        return tensor
+    return None
 
 
 @dataclass(slots=True)

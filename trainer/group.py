@@ -121,9 +121,10 @@ class TrainerGroup:
 
     def export(self) -> ray.ObjectRef:
         """Return a reference to the new weights (`WeightBuckets`), ready in the object store."""
-        version, weights = self._ranks[0].export.options(num_returns=2).remote()
-        self._wait([version], "export", time.monotonic() + self._timeout)
-        return weights
+        # Every rank sends its part to rank 0, which returns them all.
+        calls = [rank.export.options(num_returns=2).remote() for rank in self._ranks]
+        self._wait([version for version, _ in calls], "export", time.monotonic() + self._timeout)
+        return calls[0][1]
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face checkpoint directory."""

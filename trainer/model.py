@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from r3.config import TrainerConfig
 from r3.errors import ConfigError
 from r3.trainer.megatron import (
     GPTModel,
@@ -21,12 +22,18 @@ from r3.trainer.megatron import (
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
     get_transformer_layer_offset,
+    parallel_state,
 )
 from r3.trainer.modules import RMSNorm, SdpaAttention
 from r3.trainer.replay import ReplayRouter, refuse_unsupported_router
 from r3.types import ModelSpec
 
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "full", "selective"]
+_RECOMPUTE: Mapping[Recompute, Mapping[str, Any]] = {
+    "none": {},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,7 +84,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration of `arch`; `changes` override single fields (parallel sizes, dispatcher)."""
     layers = range(arch.spec.num_layers)
-    full: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     settings: dict[str, Any] = {
         "num_layers": arch.spec.num_layers,
         "hidden_size": arch.spec.hidden_size,
@@ -117,12 +123,50 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
-        **(full if recompute == "full" else {}),
+        **_RECOMPUTE[recompute],
     }
     with warnings.catch_warnings():
         # 0.16.1 deprecates the default of a CUDA graph option that is not in use.
         warnings.simplefilter("ignore")
         return TransformerConfig(**(settings | changes))
+
+
+def layout_changes(trainer: TrainerConfig) -> dict[str, Any]:
+    """Return the fields of Megatron's configuration that say how the model is spread over the ranks."""
+    stages = trainer.pipeline_parallel
+    return {
+        "tensor_model_parallel_size": trainer.tensor_parallel,
+        # Megatron-core refuses to train MoE layers under tensor parallelism without it.
+        "sequence_parallel": trainer.tensor_parallel > 1,
+        "pipeline_model_parallel_size": stages,
+        "virtual_pipeline_model_parallel_size": trainer.virtual_pipeline if trainer.virtual_pipeline > 1 else None,
+        "context_parallel_size": trainer.context_parallel,
+        "expert_model_parallel_size": trainer.expert_parallel,
+        "expert_tensor_parallel_size": trainer.expert_tensor,
+        "moe_token_dispatcher_type": trainer.dispatcher,
+        # The allgather dispatcher refuses it; its microbatches are padded to one shape, see `equal_shapes`.
+        "variable_seq_lengths": stages > 1 and trainer.dispatcher != "allgather",
+    }
+
+
+def require_layout(arch: Architecture, trainer: TrainerConfig) -> None:
+    """Raise `ConfigError` when the model cannot be cut as `trainer` asks."""
+    tensor, expert_tensor = trainer.tensor_parallel, trainer.expert_tensor
+    chunks = trainer.pipeline_parallel * trainer.virtual_pipeline
+    moe, spec = arch.spec.moe_layers, arch.spec
+    cuts = [
+        ("tensor_parallel", tensor, "key-value heads", arch.groups),
+        ("tensor_parallel", tensor, "query heads", arch.heads),
+        ("tensor_parallel", tensor, "vocabulary entries", spec.vocab_size),
+        ("expert_tensor_parallel", expert_tensor, "columns of an expert", arch.expert_ffn_size),
+        ("expert_parallel", trainer.expert_parallel, "experts", spec.num_experts),
+        ("pipeline_parallel x virtual_pipeline", chunks, "layers", spec.num_layers),
+    ]
+    if len(moe) < spec.num_layers:
+        cuts.append(("tensor_parallel", tensor, "columns of a dense layer", arch.ffn_size))
+    for key, size, what, count in cuts:
+        if count % size:
+            raise ConfigError(f"trainer.{key}={size} does not divide the model's {count} {what}; choose a divisor")
 
 
 def build_model(
@@ -144,6 +188,8 @@ def build_model(
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
         vocab_size=arch.spec.vocab_size,
         max_sequence_length=arch.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **kind),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, **kind),
         position_embedding_type="rope",
         rotary_base=arch.rope_theta,
         share_embeddings_and_output_weights=arch.tied,

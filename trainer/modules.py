@@ -7,12 +7,17 @@ sequences (torch_norm.py, dot_product_attention.py; the same in 0.16.1 and 0.19.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from r3.trainer.megatron import MegatronModule, TransformerConfig
+from r3.trainer.megatron import MegatronModule, TransformerConfig, parallel_state
+
+# Packed sequences are attended as one padded batch while that costs at most this many times their own rows.
+_PADDING_LIMIT = 2
 
 
 class RMSNorm(torch.nn.Module):
@@ -32,9 +37,11 @@ class RMSNorm(torch.nn.Module):
 
 
 class SdpaAttention(MegatronModule):
-    """Causal grouped-query attention on PyTorch's scaled dot product.
+    """Causal grouped-query attention on PyTorch's scaled dot product, for padded and packed (THD) batches.
 
-    Pads need no mask: they stand right of every token of their row, where causality hides them.
+    Pads need no mask: they stand right of every token of their sequence, where causality hides them. Under context
+    parallelism a rank holds chunks r and 2 * size - 1 - r of every sequence (Megatron's zigzag), gathers keys and
+    values, and attends from each chunk to all keys up to its own end.
     """
 
     def __init__(
@@ -45,10 +52,12 @@ class SdpaAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+        self.context_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -61,8 +70,97 @@ class SdpaAttention(MegatronModule):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Attend from `query` `[s, b, heads, d]` to `key`, `value` `[s, b, groups, d]`; return `[s, b, heads * d]`."""
+        """Attend from `query` to `key` and `value`; return `[s, b, heads * d]`, packed `[t, heads * d]`.
+
+        Padded: `[s, b, heads or groups, d]`. Packed: `[t, heads or groups, d]` and `cu_seqlens_q` of whole sequences.
+        """
+        if packed_seq_params is None:
+            return self._padded(query, key, value).flatten(2)
+        bounds = packed_seq_params.cu_seqlens_q
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        return self._packed(query, key, value, lengths).flatten(1)
+
+    def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """All sequences of one length, `[s, b, heads, d]`."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        if size == 1:
+            return self._attend(query, key, value)
+        keys, values = map(_in_order, _Gather.apply(torch.stack([key, value]), self.context_group))
+        chunk, parts = len(query) // 2, []
+        for part, index in zip(query.split(chunk), (rank, 2 * size - 1 - rank), strict=True):
+            end = (index + 1) * chunk
+            parts.append(self._attend(part, keys[:end], values[:end]))
+        return torch.cat(parts)
+
+    def _packed(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """Sequences of `lengths` (whole, over all context ranks) end to end, `[t, heads, d]`."""
+        size, rank = self.context_group.size(), self.context_group.rank()
+        if size == 1 and len(lengths) * max(lengths) <= _PADDING_LIMIT * sum(lengths):
+            return self._as_padded_batch(query, key, value, lengths)
+        local = [length // size for length in lengths]
+        if size > 1:
+            key, value = _Gather.apply(torch.stack([key, value]), self.context_group)
+            keys, values = (
+                [_in_order(torch.stack(ranks)) for ranks in zip(*(one.split(local) for one in part), strict=True)]
+                for part in (key, value)
+            )
+        else:
+            keys, values = list(key.split(local)), list(value.split(local))
+        mixed = []
+        for q, k, v in zip(query.split(local), keys, values, strict=True):
+            chunk = len(q) // 2 if size > 1 else len(q)
+            indices = (rank, 2 * size - 1 - rank) if size > 1 else (0,)
+            for part, index in zip(q.split(chunk), indices, strict=True):
+                end = (index + 1) * chunk
+                mixed.append(self._attend(part[:, None], k[:end, None], v[:end, None])[:, 0])
+        return torch.cat(mixed)
+
+    def _as_padded_batch(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """One call for many sequences of similar length beats one call each: small kernels cost their launch."""
+        sizes = torch.tensor(lengths, device=query.device)
+        begins = sizes.cumsum(0) - sizes
+        steps = torch.arange(max(lengths), device=query.device)
+        # [s, b]; pads repeat the last token, right of every token that is read back.
+        index = begins + steps[:, None].minimum(sizes - 1)
+        mixed = self._attend(query[index], key[index], value[index])
+        return mixed.transpose(0, 1)[(steps < sizes[:, None])]
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend causally, the last query seeing every key; `[s, b, heads, d]` to `[n, b, groups, d]`, `n >= s`."""
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        grouped = q.shape[1] != k.shape[1]
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-        return mixed.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        rows, columns = q.shape[2], k.shape[2]
+        mask = None
+        if rows != columns:
+            mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return mixed.permute(2, 0, 1, 3)
+
+
+class _Gather(torch.autograd.Function):
+    """Gather `[2, s, ...]` of every rank as `[2, size, s, ...]`; backward sums the ranks' gradients of the own part."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        return torch.stack(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # gloo has no reduce-scatter of lists that autograd could use here; sum, then keep the own part.
+        total = gradient.contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[:, ctx.group.rank()], None
+
+
+def _in_order(ranks: torch.Tensor) -> torch.Tensor:
+    """Undo the zigzag: `[size, s, ...]` of the ranks becomes `[size * s, ...]` in the order of positions."""
+    first, second = ranks.chunk(2, dim=1)
+    return torch.cat([first.flatten(0, 1), second.flip(0).flatten(0, 1)])

@@ -1,8 +1,11 @@
-"""Joining and leaving the trainer's process group and Megatron's parallel state."""
+"""Joining and leaving the trainer's process group and Megatron's parallel state; where this rank stands in it."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -10,7 +13,27 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from r3.config import TrainerConfig
 from r3.trainer.megatron import model_parallel_cuda_manual_seed, parallel_state
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rank and size of this process in every kind of parallelism."""
+
+    data: int
+    data_size: int
+    context: int
+    context_size: int
+    tensor: int
+    tensor_size: int
+    stage: int
+    stages: int
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for its tokens: their logits are on the last stage, alike on all tensor ranks."""
+        return self.stage == self.stages - 1 and self.tensor == 0
 
 
 def open_store(world: int) -> tuple[dist.TCPStore, str]:
@@ -19,15 +42,28 @@ def open_store(world: int) -> tuple[dist.TCPStore, str]:
     return dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False), host
 
 
-def join(store: dist.Store, rank: int, world: int, *, seed: int, timeout_s: float) -> None:
-    """Join as `rank` of `world` and set up Megatron's groups; blocks until every rank has come.
+def join(
+    store: dist.Store, rank: int, world: int, *, seed: int, timeout_s: float, layout: TrainerConfig | None = None
+) -> None:
+    """Join as `rank` of `world` and set up Megatron's groups (data parallel alone by default); waits for every rank.
 
     CPU tensors travel over gloo and CUDA tensors over NCCL, so small host arrays never need the device.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-    parallel_state.initialize_model_parallel()
+    _initialize(layout or TrainerConfig(processes=world))
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+@contextmanager
+def arranged(layout: TrainerConfig, seed: int = 0) -> Iterator[None]:
+    """Give the joined ranks another layout for a while; collective. Data parallel alone comes back behind it."""
+    _initialize(layout)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    try:
+        yield
+    finally:
+        _initialize(TrainerConfig(processes=dist.get_world_size()))
 
 
 def leave() -> None:
@@ -38,16 +74,64 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def place() -> Place:
+    """Return where this rank stands."""
+    return Place(
+        data=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        context=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stages=parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
 def sum_over_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of a float64 host array over the data-parallel ranks, the same on every rank."""
+    """Return the sum of a float64 host array over all ranks, the same on every rank."""
     total = torch.from_numpy(np.array(values, dtype=np.float64))
     dist.all_reduce(total)
     return total.numpy()
 
 
+def sum_over_model(values: torch.Tensor) -> torch.Tensor:
+    """Sum `values` in place over the ranks that hold one data-parallel replica: tensor, context and pipeline."""
+    for group in (
+        parallel_state.get_tensor_and_context_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            dist.all_reduce(values, group=group)
+    return values
+
+
+def any_over_stages(flags: torch.Tensor) -> torch.Tensor:
+    """Return the logical or of bool `flags` `[rows]` over the pipeline stages that worked on the same rows."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return flags
+    found = flags.to(torch.int32)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return found.bool()
+
+
 def device() -> torch.device:
     """Return this rank's device: the GPU that it was given, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _initialize(layout: TrainerConfig) -> None:
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
 
 
 def _own_address() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,12 @@ from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.metrics import RouterCounts
-from r3.trainer.batching import MicroBatch, StepBatch
-from r3.trainer.convert import load_weights
+from r3.trainer.batching import Form, MicroBatch, StepBatch
+from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
-from r3.trainer.megatron import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    Float16Module,
-    MegatronOptimizer,
-    OptimizerConfig,
-    OptimizerParamScheduler,
-    cuda_type_names,
-    finalize_model_grads,
-    get_forward_backward_func,
-    get_megatron_optimizer,
-)
-from r3.trainer.model import DTYPES, Architecture, build_model, transformer_config
-from r3.trainer.parallel import device
+from r3.trainer.megatron import PackedSeqParams, finalize_model_grads, get_forward_backward_func, parallel_state
+from r3.trainer.model import Architecture, require_layout
+from r3.trainer.parallel import device, place
 from r3.trainer.replay import MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
 
@@ -87,22 +76,40 @@ class Policy:
     """
 
     def __init__(self, config: Config, arch: Architecture, directory: str | Path, updates: int) -> None:
-        self._config, self._arch = config, arch
+        require_layout(arch, config.trainer)
+        self._config, self._arch, self.place = config, arch, place()
         self._objective = Objective(config.grpo.clip_low, config.grpo.clip_high, config.grpo.kl_coef)
-        self._layout = transformer_config(arch, dtype=DTYPES[config.trainer.dtype], recompute=config.trainer.recompute)
-        self.model = build_ddp(arch, self._layout, directory)
-        self.replay = ReplayContext(self.model, arch.spec)
-        self.optimizer = build_optimizer(config, self.model)
+        self._layout = build_layout(config, arch)
+        self.chunks = build_ddp(config, arch, self._layout, directory)
+        self.replay = ReplayContext(self.chunks, arch.spec)
+        self.optimizer = build_optimizer(config, self.chunks)
         self._schedule = build_schedule(config, self.optimizer, updates)
         self._layout.finalize_model_grads_func = finalize_model_grads
         self._layout.grad_scale_func = self.optimizer.scale_loss
-        self._reference = _reference(config, arch, directory) if config.grpo.kl_coef > 0 else None
+        self._reference = build_reference(config, arch, directory) if config.grpo.kl_coef > 0 else None
+
+    @property
+    def data(self) -> tuple[int, int]:
+        """This rank's data-parallel rank and their number."""
+        return self.place.data, self.place.data_size
+
+    @property
+    def form(self) -> Form:
+        """How this rank's microbatches must be laid out."""
+        where = self.place
+        return Form(
+            packed=self._config.trainer.packed,
+            context=(where.context, where.context_size),
+            sequence=(where.tensor, where.tensor_size),
+            columns=self.replay.columns,
+        )
 
     @torch.no_grad()
     def logprobs(self, microbatches: Sequence[MicroBatch], step: StepBatch, use: RoutingUse | None) -> LogprobPass:
         """Return the log-probs of the response tokens in `microbatches`; `use` None ignores the records."""
-        self.model.eval()
-        return self._forward(self.model, microbatches, step, use)
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._forward(self.chunks, microbatches, step, use)
 
     @torch.no_grad()
     def reference_logprobs(self, microbatches: Sequence[MicroBatch], step: StepBatch) -> Floats | None:
@@ -145,40 +152,48 @@ class Policy:
         `old`, `reference`: `[T]` log-probs of the step's response tokens, nats. Loss and gradient are means over the
         trained tokens of all ranks.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = partial(self._policy_loss, step, old, reference)
-        reports, counts, replay_s = self._run(self.model, microbatches, use, loss)
-        sums = np.sum([report["sums"].cpu().numpy() for report in reports], axis=0)
+        reports, counts, replay_s = self._run(self.chunks, microbatches, use, loss)
+        sums = sum((report["sums"].cpu().numpy() for report in reports), np.zeros(len(fields(UpdateSums))))
         return UpdateSums(*sums.tolist()), counts, replay_s
 
     def gradients_finite(self) -> bool:
         """Tell, alike on every rank, whether every reduced gradient is finite."""
-        buffers = [*self.model.buffers, *self.model.expert_parallel_buffers]
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         finite = torch.stack([buffer.grad_data.isfinite().all() for buffer in buffers]).all().int().cpu()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
 
     def _forward(
-        self, model: torch.nn.Module, microbatches: Sequence[MicroBatch], step: StepBatch, use: RoutingUse | None
+        self,
+        chunks: Sequence[torch.nn.Module],
+        microbatches: Sequence[MicroBatch],
+        step: StepBatch,
+        use: RoutingUse | None,
     ) -> LogprobPass:
-        reports, counts, replay_s = self._run(model, microbatches, use, self._no_loss, forward_only=True)
+        reports, counts, replay_s = self._run(chunks, microbatches, use, self._no_loss, forward_only=True)
         flat = np.zeros(len(step.rollout_logprobs), np.float64)
-        for microbatch, report in zip(microbatches, reports, strict=True):
-            flat[microbatch.targets[microbatch.targets >= 0]] = report["logprobs"].detach().cpu().numpy()
+        for report in reports:
+            flat[report["targets"].cpu().numpy()] = report["logprobs"].detach().cpu().numpy()
         return LogprobPass(flat, counts, replay_s)
 
     def _run(
         self,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         microbatches: Sequence[MicroBatch],
         use: RoutingUse | None,
         loss: LossFunction,
         *,
         forward_only: bool = False,
     ) -> tuple[list[Mapping[str, Any]], RouterCounts, float]:
-        """Push the microbatches through Megatron's schedule; return the loss reports, replay's counters and seconds."""
+        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and seconds.
+
+        The reports are those of the rank that speaks for its tokens (`Place.reports`), the others have none.
+        """
         where = device()
 
         def forward_step(source: Any, module: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., LossOutput]]:
@@ -186,36 +201,38 @@ class Policy:
             tokens, positions = (
                 torch.from_numpy(a.copy()).to(where) for a in (microbatch.tokens, microbatch.positions)
             )
-            routing = None if use is None else _routing(microbatch, use, where)
-            if self._reference is not None and module is self._reference:
-                return module(tokens, positions, None), partial(loss, microbatch)
-            output = self.replay.run(routing, lambda: module(tokens, positions, None))
-            return output, partial(loss, microbatch)
+            call = partial(module, tokens, positions, None, packed_seq_params=_packed(microbatch, where))
+            if chunks is self._reference:
+                return call(), partial(loss, microbatch)
+            chunk = next(index for index, one in enumerate(chunks) if one is module)
+            return self.replay.run(_routing(microbatch, use, where), call, chunk), partial(loss, microbatch)
 
+        sources = [iter(microbatches) for _ in chunks]
         with self.replay.measured(where) as tally:
             reports = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
-                model=model,
+                data_iterator=sources if len(chunks) > 1 else sources[0],
+                model=list(chunks) if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(microbatches),
-                seq_length=max(microbatch.tokens.shape[1] for microbatch in microbatches),
-                micro_batch_size=max(len(microbatch.tokens) for microbatch in microbatches),
+                seq_length=max(microbatch.shape[1] for microbatch in microbatches),
+                micro_batch_size=max(microbatch.shape[0] for microbatch in microbatches),
                 forward_only=forward_only,
             )
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())
-        return reports, tally.counts(rows), tally.seconds
+        return reports if self.place.reports else [], tally.counts(rows), tally.seconds
 
     def _trained(self, microbatch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return step-wide indices, log-probs and entropies of the microbatch's trained tokens, each `[n]`."""
         targets = torch.from_numpy(microbatch.targets).to(logits.device)
         labels = torch.from_numpy(microbatch.labels).to(logits.device)
         rows = targets >= 0
-        logprobs, entropy = token_logprobs(logits[rows], labels[rows], self._config.rollout.temperature)
+        group = parallel_state.get_tensor_model_parallel_group()
+        logprobs, entropy = token_logprobs(logits[rows], labels[rows], self._config.rollout.temperature, group)
         return targets[rows], logprobs, entropy
 
     def _no_loss(self, microbatch: MicroBatch, logits: torch.Tensor) -> LossOutput:
         targets, logprobs, _ = self._trained(microbatch, logits)
-        return logprobs.sum(), _count(targets), {"logprobs": logprobs}
+        return logprobs.sum(), _count(targets), {"logprobs": logprobs, "targets": targets}
 
     def _policy_loss(
         self, step: StepBatch, old: Floats, reference: Floats | None, microbatch: MicroBatch, logits: torch.Tensor
@@ -238,76 +255,27 @@ class Policy:
         return terms.loss.sum(), _count(targets), {"sums": sums}
 
 
-def build_ddp(arch: Architecture, layout: Any, directory: str | Path) -> DistributedDataParallel:
-    """Return the trainable model under Megatron's DDP, with the checkpoint's weights."""
-    model = build_model(arch, layout, replay=True)
-    load_weights(model, arch, directory)
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        # gloo has no AVG; with a per-token loss Megatron divides by the token count itself.
-        average_in_collective=False,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=False,
-        # A gradient that is not finite is skipped and counted here, not raised.
-        check_for_nan_in_grad=False,
-    )
-    return DistributedDataParallel(config=layout, ddp_config=settings, module=_in_compute_dtype(model, layout))
+def _routing(microbatch: MicroBatch, use: RoutingUse | None, where: torch.device) -> MicrobatchRouting:
+    def tensor(array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(where)
 
-
-def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronOptimizer:
-    """Return Megatron's AdamW over the model's parameters (fp32 main parameters under bfloat16)."""
-    trainer = config.trainer
-    settings = OptimizerConfig(
-        optimizer="adam",
-        lr=trainer.lr,
-        min_lr=0.0,
-        weight_decay=trainer.weight_decay,
-        adam_beta1=trainer.adam_beta1,
-        adam_beta2=trainer.adam_beta2,
-        clip_grad=trainer.clip_grad,
-        bf16=trainer.dtype == "bfloat16",
-        params_dtype=DTYPES[trainer.dtype],
-        use_distributed_optimizer=False,
-    )
-    with cuda_type_names():
-        return get_megatron_optimizer(settings, [model])
-
-
-def build_schedule(config: Config, optimizer: MegatronOptimizer, updates: int) -> OptimizerParamScheduler:
-    """Return Megatron's schedule: linear warm-up, then constant or decay to 0 over `updates` optimizer updates."""
-    trainer = config.trainer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=trainer.lr,
-        min_lr=0.0,
-        lr_warmup_steps=trainer.lr_warmup_steps,
-        lr_decay_steps=max(updates, trainer.lr_warmup_steps + 1),
-        lr_decay_style=trainer.lr_decay,
-        start_wd=trainer.weight_decay,
-        end_wd=trainer.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
+    return MicrobatchRouting(
+        experts=None if use is None or microbatch.experts is None else tensor(microbatch.experts),
+        recorded=tensor(microbatch.recorded),
+        pads=tensor(microbatch.pads),
+        force=use is not None and use.force,
+        order=tensor(microbatch.order) if use is not None and use.audit else None,
     )
 
 
-def _reference(config: Config, arch: Architecture, directory: str | Path) -> torch.nn.Module:
-    layout = transformer_config(arch, dtype=DTYPES[config.trainer.dtype])
-    model = build_model(arch, layout, replay=False)
-    load_weights(model, arch, directory)
-    return _in_compute_dtype(model, layout).requires_grad_(False).eval()
-
-
-def _in_compute_dtype(model: torch.nn.Module, layout: Any) -> torch.nn.Module:
-    model = model.to(device())
-    return Float16Module(layout, model) if layout.bf16 else model
-
-
-def _routing(microbatch: MicroBatch, use: RoutingUse, where: torch.device) -> MicrobatchRouting | None:
-    if microbatch.experts is None:
+def _packed(microbatch: MicroBatch, where: torch.device) -> PackedSeqParams | None:
+    if microbatch.lengths is None:
         return None
-    experts, recorded = (torch.from_numpy(array).to(where) for array in (microbatch.experts, microbatch.recorded))
-    return MicrobatchRouting(experts, recorded, force=use.force, audit=use.audit)
+    bounds = torch.tensor([0, *np.cumsum(microbatch.lengths)], dtype=torch.int32, device=where)
+    longest = max(microbatch.lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _count(targets: torch.Tensor) -> torch.Tensor:

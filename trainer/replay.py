@@ -1,18 +1,23 @@
 """Router replay: force Megatron's router to the experts that the rollout engine chose.
 
-`ReplayRouter` is put in through the layer spec; a `ReplayContext` belongs to one model and knows which microbatch that
-model is working on. Megatron-core asks an object at `router.router_replay` for the top-k (`get_replay_topk`, the hook
+`ReplayRouter` is put in through the layer spec; a `ReplayContext` belongs to one model (all of a pipeline stage's chunks
+of it) and knows which microbatch that model is working on. Megatron-core asks an object at `router.router_replay` for the top-k (`get_replay_topk`, the hook
 of Megatron-LM PRs #2101 and #2693); a forced row gets the recorded ids, and its gate weights come from the trainer's
 own scores at those ids, so the router receives gradient.
 
-Activation recompute needs no switch and no queue: a hook on the model's output activates the microbatch again when
-backward reaches it, and the end of that backward deactivates it, whichever checkpoint function recomputes in between.
+Activation recompute needs no switch and no queue: a hook on a chunk's output activates the microbatch again when
+backward reaches it, and the end of that backward deactivates it, whichever checkpoint function recomputes in between and
+in whatever order a pipeline schedule interleaves the passes.
+
+What is not forced: the auxiliary loss. It is a property of the trainer's own scores, and Megatron-core computes it from
+its own top-k of them, so balancing pressure acts on what the router would choose next. The expert bias counts the
+experts that were used, which are the recorded ones. Pads reach neither, nor the z-loss.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,18 +35,20 @@ TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicrobatchRouting:
-    """The record of one right-padded microbatch, on the model's device.
+    """What the routers of this rank need to know of one microbatch, on the model's device; `[b, s]` are its rows.
 
-    `experts` `[b, s, layers, k]` of an unsigned integer dtype, in the order of `ModelSpec.moe_layers` and with the
-    engine's order inside a row; `recorded` bool `[b, s]` marks the rows that have one (never a pad). With `force` those
-    rows are replayed, otherwise they are only compared with the model's own choice. `audit` also compares the record
-    shifted by one row in both directions.
+    `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
+    and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the rows
+    that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the model's
+    own choice. `pads` bool `[b, s]`. With `order` int64 `[b, s]`, places of the rows in the uncut microbatch, the record
+    is also compared when shifted by one row in both directions.
     """
 
-    experts: torch.Tensor
+    experts: torch.Tensor | None
     recorded: torch.Tensor
+    pads: torch.Tensor
     force: bool
-    audit: bool = False
+    order: torch.Tensor | None = None
 
 
 def refuse_unsupported_router(config: TransformerConfig) -> None:
@@ -78,18 +85,29 @@ class ReplayRouter(TopKRouter):
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
         self.context: ReplayContext | None = None
 
-    def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Route `logits` `[s, b, experts]`; return gate weights and the boolean map, each `[s * b, experts]`."""
+        if self.context is not None:
+            # GPTModel passes no mask on (0.16.1), so that pads would count in every statistic of the router.
+            padding_mask = self.context.pads() if padding_mask is None else padding_mask
         visit = None if self.context is None else self.context.visit(self.layer_number - 1)
         if visit is None:
-            return super().routing(logits, *args, **kwargs)
+            return super().routing(logits, padding_mask=padding_mask, **kwargs)
         self.router_replay = visit
         try:
-            probs, routing_map = super().routing(logits, *args, **kwargs)
+            probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
         finally:
             self.router_replay = None  # type: ignore[assignment]
         visit.account(routing_map)
         return probs, routing_map
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        # Megatron-core masks `[tokens, experts]` with `[tokens]` here (0.16.1, 0.19.2): an error, or wrong when equal.
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask[:, None]
+        super()._apply_expert_bias(routing_map)
 
 
 @dataclass(slots=True, eq=False)
@@ -107,41 +125,34 @@ class _Active:
 
     def ids(self, column: int) -> torch.Tensor:
         """Widen one layer: int64 `[s * b, k]` in the router's order."""
+        assert self.routing.experts is not None
         return router_order(self.routing.experts[:, :, column]).to(torch.int64)
 
 
 class ReplayContext:
     """Which microbatch one model is working on, and what its routers did with the record.
 
-    Binds the routers of the live `model` by walking its decoder, by layer number. Raises `RoutingError` when they are
-    not exactly the MoE layers of `spec`, are bound already or were built without replay.
+    `chunks`: the model, or the chunks of it that a pipeline stage holds. Their routers are bound by walking the live
+    decoders, by layer number; multi-token-prediction layers are no part of them. Raises `RoutingError` when the routers
+    are not exactly the MoE layers of `spec` there, are bound already or were built without replay.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: ModelSpec) -> None:
-        while hasattr(model, "module"):
-            model = model.module
-        routers = {m.layer_number - 1: m for m in model.decoder.modules() if isinstance(m, TopKRouter)}
-        built = {layer.layer_number - 1 for layer in model.decoder.layers}
+    def __init__(self, chunks: torch.nn.Module | Sequence[torch.nn.Module], spec: ModelSpec) -> None:
+        decoders = [
+            _unwrapped(chunk).decoder for chunk in ([chunks] if isinstance(chunks, torch.nn.Module) else chunks)
+        ]
+        routers = {m.layer_number - 1: m for d in decoders for m in d.modules() if isinstance(m, TopKRouter)}
+        built = {layer.layer_number - 1 for decoder in decoders for layer in decoder.layers}
         expected = [layer for layer in spec.moe_layers if layer in built]
         if sorted(routers) != expected:
             raise RoutingError(f"the model has routers in layers {sorted(routers)}, its MoE layers are {expected}")
         for layer, router in routers.items():
-            if not isinstance(router, ReplayRouter) or router.context is not None:
-                state = (
-                    "is bound to another context" if isinstance(router, ReplayRouter) else "was built without replay"
-                )
-                raise RoutingError(
-                    f"the router of layer {layer} {state}; build the model with replay=True, bind it once"
-                )
-            if (router.topk, router.num_experts) != (spec.top_k, spec.num_experts):
-                raise RoutingError(
-                    f"the router of layer {layer} chooses {router.topk} of {router.num_experts} experts, "
-                    f"the checkpoint says {spec.top_k} of {spec.num_experts}"
-                )
+            _require_unbound(layer, router, spec)
         for router in routers.values():
             router.context = self
-        self._spec = spec
-        self._columns = {layer: spec.moe_layers.index(layer) for layer in expected}
+        self._spec, self._chunks = spec, len(decoders)
+        self.columns = tuple(spec.moe_layers.index(layer) for layer in expected)
+        self._local = {layer: column for column, layer in enumerate(expected)}
         self._active: _Active | None = None
         self._tally: Tally | None = None
 
@@ -157,7 +168,7 @@ class ReplayContext:
         try:
             yield self._tally
             self.require_empty("after the pass")
-            self._tally.require_all_visited(self._columns)
+            self._tally.require_all_visited(dict(zip(self._local, self.columns, strict=True)), self._chunks)
         finally:
             self._active = self._tally = None
 
@@ -166,19 +177,19 @@ class ReplayContext:
         if self._active is not None:
             raise RoutingError(f"replay state is left over {when}; a microbatch was activated and never finished")
 
-    def run(self, routing: MicrobatchRouting | None, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run the model under the record of one microbatch and return its output; None runs it natively.
+    def run(self, routing: MicrobatchRouting, call: Callable[[], torch.Tensor], chunk: int = 0) -> torch.Tensor:
+        """Run chunk `chunk` of the model under the record of one microbatch and return its output.
 
         Recompute inside the output's backward pass sees the same record.
         """
         self.require_empty("before a microbatch")
-        if routing is None:
-            return call()
         self._check(routing)
         self._active = _Active(routing, self._tally)
         try:
             output = call()
-            self._finish_microbatch(self._active)
+            if self._tally is not None:
+                compared = routing.experts is not None
+                self._tally.finish_microbatch(chunk, self._active.differs, self._active.recorded, compared)
         finally:
             self._active = None
         if output.requires_grad:
@@ -187,7 +198,14 @@ class ReplayContext:
 
     def visit(self, layer: int) -> _Visit | None:
         """Return how the router of `layer` (global index) must treat this call, or None for its own routing."""
-        return None if self._active is None else _Visit(self._active, layer, self._columns[layer])
+        if self._active is None or self._active.routing.experts is None:
+            return None
+        local = self._local[layer]
+        return _Visit(self._active, layer, local, self.columns[local])
+
+    def pads(self) -> torch.Tensor | None:
+        """Return which rows of the active microbatch are pads, bool `[s, b]`."""
+        return None if self._active is None else self._active.routing.pads.T
 
     def _enter_backward(self, routing: MicrobatchRouting, gradient: torch.Tensor) -> None:
         self.require_empty("before a backward pass")
@@ -198,25 +216,22 @@ class ReplayContext:
         self._active = None
 
     def _check(self, routing: MicrobatchRouting) -> None:
-        shape = (*routing.recorded.shape, len(self._spec.moe_layers), self._spec.top_k)
+        if routing.experts is None:
+            return
+        shape = (*routing.recorded.shape, len(self.columns), self._spec.top_k)
         if routing.experts.shape != shape or routing.experts.dtype.is_floating_point:
             raise RoutingError(
                 f"the record of a microbatch is {routing.experts.dtype} {tuple(routing.experts.shape)}; integer ids "
                 f"[b, s, layers, k] = {shape} are required"
             )
 
-    def _finish_microbatch(self, active: _Active) -> None:
-        if active.tally is not None:
-            active.tally.disagree_any += active.differs.sum()
-            active.tally.compared += active.recorded.sum()
-            active.tally.microbatches += 1
-
 
 class _Visit:
     """One router call under an active microbatch; stands where Megatron-core expects its own `RouterReplay`."""
 
-    def __init__(self, active: _Active, layer: int, column: int) -> None:
-        self._active, self._layer, self._column = active, layer, column
+    def __init__(self, active: _Active, layer: int, local: int, column: int) -> None:
+        # `local` counts the MoE layers of this rank (the record), `column` those of the whole model (the tally).
+        self._active, self._layer, self._local, self._column = active, layer, local, column
         self._own: torch.Tensor | None = None
         self._ids: torch.Tensor | None = None
 
@@ -234,7 +249,7 @@ class _Visit:
         # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
         values, own = default_compute_topk(scores.detach() if force else scores, topk, num_groups, group_topk)
         begin = time.perf_counter()
-        ids = self._active.ids(self._column)
+        ids = self._active.ids(self._local)
         if ids.shape != own.shape:
             raise RoutingError(
                 f"layer {self._layer} routes {tuple(own.shape)} [tokens, k], its record has {tuple(ids.shape)}"
@@ -270,20 +285,42 @@ class _Visit:
             used = routing_map.gather(1, self._ids).bool()
             tally.mismatched_ids += (~used & active.recorded[:, None]).sum()
             tally.followed[self._column] += (used.all(1) & active.recorded).sum()
-        if active.routing.audit:
-            self._overlap(tally, self._own)
+        if active.routing.order is not None:
+            self._overlap(tally, self._own, active.routing.order)
         tally.seconds += time.perf_counter() - begin
 
-    def _overlap(self, tally: Tally, own: torch.Tensor) -> None:
-        """Compare the own choice of row t with the record of rows t-1, t and t+1 of the same sequence."""
-        record, recorded = self._active.routing.experts[:, :, self._column], self._active.routing.recorded
+    def _overlap(self, tally: Tally, own: torch.Tensor, order: torch.Tensor) -> None:
+        """Compare the own choice of row t with the record of rows t-1, t and t+1 of the same sequence.
+
+        Pairs that are cut apart, at the edge of a context or sequence-parallel rank's rows, are left out.
+        """
+        assert self._active.routing.experts is not None
+        record, recorded = self._active.routing.experts[:, :, self._local], self._active.routing.recorded
         for index, lag in enumerate((-1, 0, 1)):
-            # The last position of a sequence has no record, so no row is paired with one from the other end.
-            valid = recorded & recorded.roll(-lag, 1)
+            # The last position of a sequence has no record, so no row is paired with one of another sequence.
+            valid = recorded & recorded.roll(-lag, 1) & (order.roll(-lag, 1) == order + lag)
             shifted = router_order(record.roll(-lag, 1)).to(torch.int64)
             hits = contained(shifted, own).float().mean(1)[router_order(valid)]
             tally.overlap[index] += hits.sum(dtype=torch.float64)
             tally.overlap_pairs[index] += hits.numel()
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _require_unbound(layer: int, router: TopKRouter, spec: ModelSpec) -> None:
+    if not isinstance(router, ReplayRouter):
+        raise RoutingError(f"the router of layer {layer} was built without replay; build the model with replay=True")
+    if router.context is not None:
+        raise RoutingError(f"the router of layer {layer} is bound to another context; bind it once")
+    if (router.topk, router.num_experts) != (spec.top_k, spec.num_experts):
+        raise RoutingError(
+            f"the router of layer {layer} chooses {router.topk} of {router.num_experts} experts, "
+            f"the checkpoint says {spec.top_k} of {spec.num_experts}"
+        )
 
 
 def router_order(rows: torch.Tensor) -> torch.Tensor:

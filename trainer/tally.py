@@ -10,6 +10,7 @@ import torch
 
 from r3.errors import RoutingError
 from r3.metrics import RouterCounts
+from r3.trainer import parallel
 from r3.trainer.rows import RowClasses
 
 
@@ -17,19 +18,21 @@ from r3.trainer.rows import RowClasses
 class Tally:
     """Sums over the router calls of one pass; see `RouterCounts` for their meaning.
 
-    `followed` int64 `[layers]`: rows for which the router really used every recorded id; `visits`: calls per layer;
-    `seconds`: host time spent in replay.
+    Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own. `followed`
+    int64 `[layers]`: rows for which the router really used every recorded id; `visits`: calls per layer; `differs`: for
+    each microbatch, which rows differ in any of this rank's layers; `runs`: microbatches per model chunk; `seconds`: host
+    time spent in replay.
     """
 
     disagree: torch.Tensor
     followed: torch.Tensor
     overlap: torch.Tensor
     overlap_pairs: torch.Tensor
-    disagree_any: torch.Tensor
     compared: torch.Tensor
     mismatched_ids: torch.Tensor
     visits: dict[int, int] = field(default_factory=dict)
-    microbatches: int = 0
+    differs: dict[int, torch.Tensor] = field(default_factory=dict)
+    runs: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod
@@ -40,29 +43,51 @@ class Tally:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         overlap = torch.zeros(3, dtype=torch.float64, device=device)
-        return cls(count(layers), count(layers), overlap, count(3), count(), count(), count())
+        return cls(count(layers), count(layers), overlap, count(3), count(), count())
 
-    def require_all_visited(self, columns: Mapping[int, int]) -> None:
-        """Raise `RoutingError` unless every layer (`columns`: layer -> column) was routed once per microbatch."""
+    def finish_microbatch(self, chunk: int, differs: torch.Tensor, recorded: torch.Tensor, compared: bool) -> None:
+        """Note that `chunk` ran its next microbatch, and which of its rows (router order) differ there."""
+        index = self.runs.get(chunk, 0)
+        self.runs[chunk] = index + 1
+        if not compared:
+            return
+        if index not in self.differs:
+            self.differs[index] = differs
+            self.compared += recorded.sum()
+        else:
+            self.differs[index] = self.differs[index] | differs
+
+    def require_all_visited(self, columns: Mapping[int, int], chunks: int) -> None:
+        """Raise `RoutingError` unless every layer (`columns`: layer -> column) was routed once per recorded microbatch."""
+        if len(set(self.runs.values())) > 1 or len(self.runs) > chunks:
+            raise RoutingError(
+                f"the chunks of the model ran {self.runs} microbatches; every chunk must run each one once"
+            )
         for layer, column in columns.items():
             found = self.visits.get(column, 0)
-            if found != self.microbatches:
+            if found != len(self.differs):
                 raise RoutingError(
-                    f"the router of layer {layer} was consulted {found} times in {self.microbatches} microbatches"
+                    f"the router of layer {layer} was consulted {found} times in {len(self.differs)} microbatches"
                 )
 
     def counts(self, rows: RowClasses) -> RouterCounts:
-        """Bring everything to the host (one synchronisation) and join it with what was known before the pass."""
-        integers = (
-            self.disagree,
-            self.followed,
-            self.overlap_pairs,
-            self.disagree_any,
-            self.compared,
-            self.mismatched_ids,
-        )
-        flat = torch.cat([tensor.reshape(-1).double() for tensor in (*integers, self.overlap)]).cpu().numpy()
+        """Join the counters of all ranks that share this rank's trajectories with what was known before the pass.
+
+        Collective over those ranks; brings everything to the host in one synchronisation. Only the rank that stands for
+        the others (`Place.reports`, first of its context group) gets the sums, the others get zeros.
+        """
+        where = parallel.place()
+        flags = [self.differs[index] for index in sorted(self.differs)]
+        anywhere = parallel.any_over_stages(torch.cat(flags)).sum() if flags else torch.zeros_like(self.compared)
+        if where.stage != where.stages - 1:
+            # Every stage compares the same rows.
+            anywhere, self.compared = torch.zeros_like(anywhere), torch.zeros_like(self.compared)
+        integers = (self.disagree, self.followed, self.overlap_pairs, anywhere, self.compared, self.mismatched_ids)
+        local = torch.cat([tensor.reshape(-1).double() for tensor in (*integers, self.overlap)])
+        flat = parallel.sum_over_model(local).cpu().numpy()
         layers = len(self.disagree)
+        if not where.reports or where.context:
+            return RouterCounts.zero(layers)
         disagree, followed, pairs, scalars, overlap = np.split(flat, np.cumsum([layers, layers, 3, 3]))
         replayed = int(followed.min()) if layers else 0
         return RouterCounts(

@@ -22,7 +22,7 @@ from r3 import metrics
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.trainer import parallel
-from r3.trainer.batching import MicroBatch, StepBatch, microbatch, require_records, share
+from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step, require_records
 from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
@@ -85,7 +85,8 @@ class TrainerWorker:
         """Join the other ranks, then build the model; blocks until all have come."""
         limit = self._config.trainer.timeout_s
         store = self._store or dist.TCPStore(host, port, self._world, is_master=False)
-        parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit)
+        layout = self._config.trainer
+        parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit, layout=layout)
         self.policy = Policy(self._config, self._arch, self._directory, self._updates)
 
     def close(self) -> None:
@@ -168,31 +169,29 @@ class TrainerWorker:
         return StepResult(step, self._version, report) if self._rank == 0 else None
 
     def export(self) -> WeightBuckets | None:
-        """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere."""
-        if self._rank:
-            return None
-        weights = export_weights(self.policy.model, self._arch)
-        return weight_buckets(
-            weights, DTYPES[self._config.rollout.dtype], self._config.weights.bucket_mib * 2**20, self._version
+        """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere; collective."""
+        buckets = weight_buckets(
+            export_weights(self.policy.chunks, self._arch),
+            DTYPES[self._config.rollout.dtype],
+            self._config.weights.bucket_mib * 2**20,
+            self._version,
         )
+        return buckets if self._rank == 0 else None
 
     def save_hf(self, directory: str) -> None:
         """Write the model as a Hugging Face checkpoint directory, on rank 0; raise `CheckpointError` if that fails."""
+        weights = export_weights(self.policy.chunks, self._arch)
         if self._rank == 0:
-            weights = export_weights(self.policy.model, self._arch)
             save_checkpoint(weights, self._directory, Path(directory), DTYPES[self._config.trainer.dtype])
+        for _ in weights:
+            # The other ranks send their parts; on rank 0 nothing is left.
+            pass
 
     def _prepare(self, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, mini_steps: int) -> _Share:
         begin = time.perf_counter()
         step = StepBatch.join(batches, advantages, self._arch.spec)
-        plan = share(
-            step.trajectories,
-            mini_steps=mini_steps,
-            rank=self._rank,
-            world=self._world,
-            micro_batch_size=self._config.trainer.micro_batch_size,
-        )
-        built = tuple(tuple(microbatch(step, samples, self._arch.spec) for samples in cuts) for cuts in plan)
+        plan, form = plan_step(step, self._config.trainer, mini_steps, self.policy.form, self.policy.data)
+        built = tuple(tuple(microbatch(step, samples, self._arch.spec, form) for samples in cuts) for cuts in plan)
         return _Share(step, built, time.perf_counter() - begin)
 
     def _logprobs(self, share_: _Share, use: RoutingUse) -> _Pass:

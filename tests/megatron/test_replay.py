@@ -29,6 +29,11 @@ def make_policy(directory: Path, config: Config | None = None) -> Policy:
     return Policy(config or make_config(), Architecture.from_directory(directory), directory, updates=10)
 
 
+def routing_of(microbatch: MicroBatch) -> MicrobatchRouting:
+    arrays = (microbatch.experts, microbatch.recorded, microbatch.pads)
+    return MicrobatchRouting(*(torch.from_numpy(array) for array in arrays), force=True)
+
+
 def own_record(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """The microbatches with the model's own choice in the place of the record."""
     own = own_routing(policy, step, microbatches)
@@ -90,7 +95,7 @@ def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
     def note(router: TopKRouter, inputs: Any, outputs: Any) -> None:
         seen.append((router, inputs[0], *outputs))
 
-    routers = [module for module in policy.model.modules() if isinstance(module, TopKRouter)]
+    routers = [module for module in policy.chunks[0].modules() if isinstance(module, TopKRouter)]
     assert len(routers) == 4
     for router in routers:
         router.register_forward_hook(note)
@@ -115,10 +120,11 @@ def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
 def test_gradient_reaches_the_router_on_the_recorded_experts_alone(model_dir: Path) -> None:
     policy = make_policy(model_dir)
     step, microbatches = prepare(policy, make_batch(policy._arch.spec), 12)
-    router = next(module for module in policy.model.modules() if isinstance(module, ReplayRouter))
+    router = next(module for module in policy.chunks[0].modules() if isinstance(module, ReplayRouter))
     experts, recorded = (torch.from_numpy(a) for a in (microbatches[0].experts, microbatches[0].recorded))
     logits = torch.randn(*recorded.T.shape, 16, requires_grad=True)
-    probs = policy.replay.run(MicrobatchRouting(experts, recorded, force=True), lambda: router.routing(logits)[0])
+    routing = routing_of(microbatches[0])
+    probs = policy.replay.run(routing, lambda: router.routing(logits)[0])
     (probs * torch.randn(probs.shape)).sum().backward()
     gradient = logits.grad.reshape(-1, 16)[router_order(recorded)]
     ids = router_order(experts[:, :, 0])[router_order(recorded)].long()
@@ -156,11 +162,9 @@ def test_other_models_in_the_process_are_never_replayed(model_dir: Path) -> None
     other = make_policy(model_dir)
     native = other.logprobs(microbatches, step, None).logprobs
     tokens, positions = (torch.from_numpy(a.copy()) for a in (microbatches[0].tokens, microbatches[0].positions))
-    routing = MicrobatchRouting(
-        *(torch.from_numpy(a) for a in (microbatches[0].experts, microbatches[0].recorded)), True
-    )
-    inside = policy.replay.run(routing, lambda: other.model(tokens, positions, None))
-    assert torch.equal(inside, other.model(tokens, positions, None))
+    routing = routing_of(microbatches[0])
+    inside = policy.replay.run(routing, lambda: other.chunks[0](tokens, positions, None))
+    assert torch.equal(inside, other.chunks[0](tokens, positions, None))
     reference = policy.reference_logprobs(microbatches, step)
     np.testing.assert_array_equal(reference, native)
 
@@ -234,7 +238,7 @@ def test_ids_that_the_router_did_not_use_are_counted(model_dir: Path, monkeypatc
 def test_a_router_that_does_not_take_part_is_found(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(model_dir)
     step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
-    router = [module for module in policy.model.modules() if isinstance(module, ReplayRouter)][2]
+    router = [module for module in policy.chunks[0].modules() if isinstance(module, ReplayRouter)][2]
     router.context = None
     with pytest.raises(RoutingError, match="layer 2 was consulted 0 times in 3 microbatches"):
         policy.logprobs(microbatches, step, FORCED)
@@ -249,7 +253,7 @@ def failing(*_: Any) -> Any:
 
 
 def fail_in_forward(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    router = [module for module in policy.model.modules() if isinstance(module, ReplayRouter)][1]
+    router = [module for module in policy.chunks[0].modules() if isinstance(module, ReplayRouter)][1]
     monkeypatch.setattr(router, "gating", failing)
 
 
@@ -299,9 +303,7 @@ def test_nothing_is_left_after_ordinary_passes(model_dir: Path) -> None:
 def test_a_microbatch_left_active_is_an_error(model_dir: Path) -> None:
     policy = make_policy(model_dir)
     _, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
-    routing = MicrobatchRouting(
-        *(torch.from_numpy(a) for a in (microbatches[0].experts, microbatches[0].recorded)), True
-    )
+    routing = routing_of(microbatches[0])
     with pytest.raises(RoutingError, match="left over"):
         policy.replay.run(routing, lambda: policy.replay.run(routing, lambda: torch.zeros(1)))
 

@@ -150,7 +150,7 @@ def test_audit_proves_a_faithful_record(model_dir: Path) -> None:
 
 
 def test_mini_steps_are_updates_on_disjoint_groups(model_dir: Path) -> None:
-    config = make_config(grpo={"mini_steps": 2}, rollout={"dtype": "float32"}, trainer={"lr": 1e-2})
+    config = make_config(grpo={"mini_steps": 2}, rollout={"dtype": "float32"}, trainer={"lr": 1e-2, "packed": False})
     with joined_worker(config, model_dir) as worker:
         batch = make_batch(worker.spec(), groups=4)
         result = run_step(worker, batch)

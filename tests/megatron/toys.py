@@ -101,7 +101,7 @@ def prepare(
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Return a copy of every reduced gradient by parameter name."""
-    return {name: parameter.main_grad.clone() for name, parameter in policy.model.named_parameters()}
+    return {name: parameter.main_grad.clone() for name, parameter in policy.chunks[0].named_parameters()}
 
 
 def own_routing(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]) -> list[NDArray[np.int64]]:
@@ -116,8 +116,8 @@ def own_routing(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBat
     replay._Visit.account = record  # type: ignore[method-assign]
     try:
         # With gradients, as in training: megatron-core 0.19 leaves the top-k unsorted without.
-        policy.model.eval()
-        policy._forward(policy.model, microbatches, step, RoutingUse(force=False))
+        policy.chunks[0].eval()
+        policy._forward(policy.chunks, microbatches, step, RoutingUse(force=False))
     finally:
         replay._Visit.account = account  # type: ignore[method-assign]
     layers = len(policy._arch.spec.moe_layers)

@@ -1,0 +1,86 @@
+"""Every layout replays every id and gives the single process's loss, log-probs, gradients and next weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from r3.config import Config
+from r3.trainer import parallel
+from r3.types import Batch, ModelSpec
+from tests.gloo_pool import GlooPool
+from tests.megatron.layouts import LARGE_LAYOUTS, LAYOUTS, Outcome, layout_config, run_layout, worst_difference
+from tests.megatron.toys import make_batch, make_config
+
+pytestmark = pytest.mark.megatron
+FORMS = {"packed": True, "padded": False}
+
+
+@pytest.fixture(scope="module")
+def batch(model_dir: Path) -> Batch:
+    return make_batch(ModelSpec.from_directory(model_dir), groups=4, members=3)
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir: Path, batch: Batch) -> Outcome:
+    """The single process, padded, all samples in one microbatch, nothing recomputed."""
+    parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
+    try:
+        config = make_config(trainer={"packed": False, "micro_batch_size": 64})
+        return run_layout(config, model_dir, batch)
+    finally:
+        parallel.leave()
+
+
+@pytest.fixture(scope="module")
+def large_pool() -> Iterator[GlooPool]:
+    with GlooPool(4) as pool:
+        yield pool
+
+
+def assert_equal(found: Outcome, expected: Outcome, batch: Batch, config: Config) -> None:
+    counts = found.counts
+    rows = int(batch.row_offsets[-1])
+    assert (counts.mismatched_ids, counts.missing) == (0, 0)
+    assert counts.replayed == counts.required == counts.compared == rows
+    assert counts.native == len(batch), "only last tokens route on their own"
+    np.testing.assert_array_equal(counts.disagree, expected.counts.disagree)
+    assert counts.disagree_any == expected.counts.disagree_any
+    assert found.loss == pytest.approx(expected.loss, abs=1e-6)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    if config.trainer.distributed_optimizer:
+        # A rank holds only its reduced shard of the gradient, so the weights behind the update are compared.
+        off = np.concatenate([np.abs(found.weights[n] - w).reshape(-1) > 2e-5 for n, w in expected.weights.items()])
+        # AdamW turns a gradient that is all rounding error into a full step of either sign.
+        assert off.mean() < 1e-3
+        return
+    worst, name = worst_difference(found.gradients, expected.gradients)
+    assert worst <= 1e-5, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_equal_one(
+    gloo_pool: GlooPool, model_dir: Path, batch: Batch, expected: Outcome, layout: str, recompute: str, form: str
+) -> None:
+    config = layout_config(LAYOUTS[layout], 2, trainer={"packed": FORMS[form], "recompute": recompute})
+    found: Any = gloo_pool.run(run_layout, config, model_dir, batch)[0]
+    assert_equal(found, expected, batch, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("layout", LARGE_LAYOUTS)
+def test_four_processes_equal_one(
+    large_pool: GlooPool, model_dir: Path, batch: Batch, expected: Outcome, layout: str, recompute: str, form: str
+) -> None:
+    config = layout_config(LARGE_LAYOUTS[layout], 4, trainer={"packed": FORMS[form], "recompute": recompute})
+    found: Any = large_pool.run(run_layout, config, model_dir, batch)[0]
+    assert_equal(found, expected, batch, config)
