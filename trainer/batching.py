@@ -279,8 +279,9 @@ def plan_step(
             multiple=trainer.pipeline_parallel if trainer.virtual_pipeline > 1 else 1,
         )
 
-    # The allgather dispatcher joins the rows of all expert-parallel ranks, and its pipelines cannot tell shapes.
-    if trainer.dispatcher == "allgather" and (trainer.expert_parallel > 1 or trainer.pipeline_parallel > 1):
+    # The allgather dispatcher joins the rows of all expert-parallel ranks; some pipelines cannot tell shapes.
+    joined = trainer.dispatcher == "allgather" and (trainer.expert_parallel > 1 or trainer.pipeline_parallel > 1)
+    if joined or trainer.virtual_pipeline > 1:
         form = equal_shapes(step, [plan(other) for other in range(size)], form)
     return plan(rank), form
 

@@ -144,8 +144,10 @@ def layout_changes(trainer: TrainerConfig) -> dict[str, Any]:
         "expert_model_parallel_size": trainer.expert_parallel,
         "expert_tensor_parallel_size": trainer.expert_tensor,
         "moe_token_dispatcher_type": trainer.dispatcher,
-        # The allgather dispatcher refuses it; its microbatches are padded to one shape, see `equal_shapes`.
-        "variable_seq_lengths": stages > 1 and trainer.dispatcher != "allgather",
+        # The allgather dispatcher refuses it, and the interleaved schedule of two stages mixes up the shapes that go to
+        # and come from the same neighbour; their microbatches are padded to one shape, see `equal_shapes`.
+        "variable_seq_lengths": stages > 1 and trainer.dispatcher != "allgather" and trainer.virtual_pipeline == 1,
+        "batch_p2p_comm": trainer.virtual_pipeline == 1,
     }
 
 
