@@ -84,9 +84,10 @@ class Form:
     """How a rank's microbatches are laid out.
 
     `packed`: sequences end to end in one row, else one row each, right-padded. `context`, `sequence`: this rank and the
-    number of ranks that share the sequences (zigzag) and, of a context rank's rows, those that its routers see (Megatron's
-    sequence parallelism). `columns`: MoE layers of this rank's model, as columns of a record; None for all of them.
-    `at_least`: rows and length that every microbatch is padded to, where a schedule or dispatcher needs equal shapes.
+    number of ranks that share the sequences (zigzag) and, of a context rank's rows, those that its routers see
+    (Megatron's sequence parallelism). `columns`: MoE layers of this rank's model, as columns of a record; None for all
+    of them. `at_least`: rows and length that every microbatch is padded to, where a schedule or dispatcher needs equal
+    shapes.
     """
 
     packed: bool = False
@@ -141,11 +142,11 @@ class MicroBatch:
     """This rank's part of some trajectories, one row each (right-padded) or packed into one row.
 
     `tokens`, `positions`, `labels` int64 `[b, s]`; `targets` int64 `[b, s]`: index of the predicted token among the
-    step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s` rows
-    under sequence parallelism: `experts` `[b, r, layers, k]` of the rank's MoE layers, or None when no trajectory has a
-    record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch.
-    `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and length
-    of the uncut microbatch. `rows`: how many rows of it are of which kind.
+    step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s`
+    rows under sequence parallelism: `experts` `[b, r, layers, k]` of the rank's MoE layers, or None when no trajectory
+    has a record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch.
+    `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and
+    length of the uncut microbatch. `rows`: how many rows of it are of which kind.
     """
 
     tokens: Ints
@@ -173,8 +174,9 @@ def share(
     """Return the samples of one data-parallel rank, by mini-step and microbatch.
 
     Mini-steps take equal shares of the *groups*; inside one, samples are dealt to the ranks in order of length and cut
-    into microbatches of similar length. All ranks get the same number of microbatches, a `multiple` of what the pipeline
-    schedule needs (some may be empty), and every sample goes to exactly one place. Mini-steps without a sample (all dropped) are left out.
+    into microbatches of similar length. All ranks get the same number of microbatches, a `multiple` of what the
+    pipeline schedule needs (some may be empty), and every sample goes to exactly one place. Mini-steps without a sample
+    (all dropped) are left out.
     """
     groups = np.array([trajectory.group for trajectory in trajectories])
     lengths = np.array([len(trajectory.tokens) for trajectory in trajectories])

@@ -1,8 +1,8 @@
 """Hugging Face <-> Megatron-core weights of Qwen3-MoE, in any layout.
 
-The map is driven by Megatron's *local* parameter names: each becomes a global one (layer and expert numbers of the whole
-model) that names the Hugging Face tensors it is made of; a rank therefore reads only what its own layers and experts
-need, and keeps its tensor-parallel part of it.
+The map is driven by Megatron's *local* parameter names: each becomes a global one (layer and expert numbers of the
+whole model) that names the Hugging Face tensors it is made of; a rank therefore reads only what its own layers and
+experts need, and keeps its tensor-parallel part of it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Cut = Literal["none", "rows", "columns", "halves"]
 class Rule:
     """One Megatron parameter as a function of Hugging Face tensors, and back.
 
-    `pattern` is matched against the whole global Megatron name; its groups fill `sources`. `cut`: how tensor parallelism
-    (expert tensor parallelism for experts) divides the merged tensor: by `rows`, by `columns`, by rows of both `halves`,
-    or not at all.
+    `pattern` is matched against the whole global Megatron name; its groups fill `sources`. `cut`: how tensor
+    parallelism (expert tensor parallelism for experts) divides the merged tensor: by `rows`, by `columns`, by rows of
+    both `halves`, or not at all.
     """
 
     pattern: re.Pattern[str]

@@ -1,13 +1,13 @@
 """Router replay: force Megatron's router to the experts that the rollout engine chose.
 
-`ReplayRouter` is put in through the layer spec; a `ReplayContext` belongs to one model (all of a pipeline stage's chunks
-of it) and knows which microbatch that model is working on. Megatron-core asks an object at `router.router_replay` for the top-k (`get_replay_topk`, the hook
-of Megatron-LM PRs #2101 and #2693); a forced row gets the recorded ids, and its gate weights come from the trainer's
-own scores at those ids, so the router receives gradient.
+`ReplayRouter` is put in through the layer spec; a `ReplayContext` belongs to one model (all of a pipeline stage's
+chunks of it) and knows which microbatch that model is working on. Megatron-core asks an object at
+`router.router_replay` for the top-k (`get_replay_topk`, the hook of Megatron-LM PRs #2101 and #2693); a forced row gets
+the recorded ids, and its gate weights come from the trainer's own scores at those ids, so the router receives gradient.
 
 Activation recompute needs no switch and no queue: a hook on a chunk's output activates the microbatch again when
-backward reaches it, and the end of that backward deactivates it, whichever checkpoint function recomputes in between and
-in whatever order a pipeline schedule interleaves the passes.
+backward reaches it, and the end of that backward deactivates it, whichever checkpoint function recomputes in between
+and in whatever order a pipeline schedule interleaves the passes.
 
 What is not forced: the auxiliary loss. It is a property of the trainer's own scores, and Megatron-core computes it from
 its own top-k of them, so balancing pressure acts on what the router would choose next. The expert bias counts the
@@ -38,10 +38,10 @@ class MicrobatchRouting:
     """What the routers of this rank need to know of one microbatch, on the model's device; `[b, s]` are its rows.
 
     `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
-    and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the rows
-    that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the model's
-    own choice. `pads` bool `[b, s]`. With `order` int64 `[b, s]`, places of the rows in the uncut microbatch, the record
-    is also compared when shifted by one row in both directions.
+    and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
+    rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
+    model's own choice. `pads` bool `[b, s]`. With `order` int64 `[b, s]`, places of the rows in the uncut microbatch,
+    the record is also compared when shifted by one row in both directions.
     """
 
     experts: torch.Tensor | None

@@ -18,10 +18,10 @@ from r3.trainer.rows import RowClasses
 class Tally:
     """Sums over the router calls of one pass; see `RouterCounts` for their meaning.
 
-    Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own. `followed`
-    int64 `[layers]`: rows for which the router really used every recorded id; `visits`: calls per layer; `differs`: for
-    each microbatch, which rows differ in any of this rank's layers; `runs`: microbatches per model chunk; `seconds`: host
-    time spent in replay.
+    Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own.
+    `followed` int64 `[layers]`: rows for which the router really used every recorded id; `visits`: calls per layer;
+    `differs`: for each microbatch, which rows differ in any of this rank's layers; `runs`: microbatches per model
+    chunk; `seconds`: host time spent in replay.
     """
 
     disagree: torch.Tensor
@@ -58,7 +58,7 @@ class Tally:
             self.differs[index] = self.differs[index] | differs
 
     def require_all_visited(self, columns: Mapping[int, int], chunks: int) -> None:
-        """Raise `RoutingError` unless every layer (`columns`: layer -> column) was routed once per recorded microbatch."""
+        """Raise `RoutingError` unless every layer (`columns`: layer -> column) was routed once per microbatch."""
         if len(set(self.runs.values())) > 1 or len(self.runs) > chunks:
             raise RoutingError(
                 f"the chunks of the model ran {self.runs} microbatches; every chunk must run each one once"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.metrics import RouterCounts
+from r3.trainer import batching, replay
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step
 from r3.trainer.convert import export_weights
 from r3.trainer.model import Architecture
@@ -133,3 +136,52 @@ def worst_difference(found: Tensors, expected: Tensors) -> tuple[float, str]:
         for name, tensor in expected.items()
     ]
     return max(scored)
+
+
+def run_mutated(config: Config, directory: Path, batch: Batch, mutation: str) -> Outcome:
+    """`run_layout` with one thing made wrong."""
+    with arranged(config.trainer), pytest.MonkeyPatch.context() as patch:
+        MUTATIONS[mutation](patch)
+        policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
+        return run_policy(policy, config, batch, RoutingUse(force=True))
+
+
+def _forget_recompute(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(replay.ReplayContext, "_enter_backward", lambda *_: None)
+
+
+def _swap_two_layers(patch: pytest.MonkeyPatch) -> None:
+    ids = replay._Active.ids
+    patch.setattr(replay._Active, "ids", lambda active, column: ids(active, column ^ 1 if column < 2 else column))
+
+
+def _drop_the_zigzag(patch: pytest.MonkeyPatch) -> None:
+    """The record is cut into contiguous halves, the tokens are not."""
+    cut = batching._Whole.cut
+
+    def wrong(whole: Any, lengths: Any) -> MicroBatch:
+        made, (rank, size) = cut(whole, lengths), whole.form.context
+        rows = np.arange(whole.tokens.shape[1]).reshape(size, -1)[rank]
+        return replace(made, experts=whole.experts[:, rows], recorded=whole.recorded[:, rows])
+
+    patch.setattr(batching._Whole, "cut", wrong)
+
+
+def _keep_a_stale_microbatch(patch: pytest.MonkeyPatch) -> None:
+    """Backward of every microbatch sees the record of the first."""
+    enter, first = replay.ReplayContext._enter_backward, []
+
+    def stale(context: Any, routing: Any, gradient: torch.Tensor) -> None:
+        first.append(routing)
+        same = first[0].recorded.shape == routing.recorded.shape
+        enter(context, first[0] if same else routing, gradient)
+
+    patch.setattr(replay.ReplayContext, "_enter_backward", stale)
+
+
+MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "no record in recompute": _forget_recompute,
+    "two layers swapped": _swap_two_layers,
+    "no zigzag": _drop_the_zigzag,
+    "a stale microbatch in recompute": _keep_a_stale_microbatch,
+}

@@ -14,7 +14,15 @@ from r3.config import Config
 from r3.trainer import parallel
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
-from tests.megatron.layouts import LARGE_LAYOUTS, LAYOUTS, Outcome, layout_config, run_layout, worst_difference
+from tests.megatron.layouts import (
+    LARGE_LAYOUTS,
+    LAYOUTS,
+    Outcome,
+    layout_config,
+    run_layout,
+    run_mutated,
+    worst_difference,
+)
 from tests.megatron.toys import make_batch, make_config
 
 pytestmark = pytest.mark.megatron
@@ -84,3 +92,33 @@ def test_four_processes_equal_one(
     config = layout_config(LARGE_LAYOUTS[layout], 4, trainer={"packed": FORMS[form], "recompute": recompute})
     found: Any = large_pool.run(run_layout, config, model_dir, batch)[0]
     assert_equal(found, expected, batch, config)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mutation", "loss_moves"),
+    [
+        ("pp2", "no record in recompute", False),
+        ("pp2", "a stale microbatch in recompute", False),
+        ("pp2", "two layers swapped", True),
+        ("tp2", "two layers swapped", True),
+        ("cp2", "no zigzag", True),
+    ],
+)
+def test_mutations_are_noticed(
+    gloo_pool: GlooPool,
+    model_dir: Path,
+    batch: Batch,
+    expected: Outcome,
+    layout: str,
+    mutation: str,
+    loss_moves: bool,
+) -> None:
+    """The comparison above can fail, and for recompute only because gradients are compared."""
+    trainer = {"packed": False, "recompute": "full", "micro_batch_size": 2}
+    if mutation.startswith("a stale"):
+        # Equal shapes, so that one microbatch's record fits another.
+        trainer["dispatcher"] = "allgather"
+    config = layout_config(LAYOUTS[layout], 2, trainer=trainer)
+    found: Any = gloo_pool.run(run_mutated, config, model_dir, batch, mutation)[0]
+    assert (abs(found.loss - expected.loss) > 1e-6) == loss_moves
+    assert worst_difference(found.gradients, expected.gradients)[0] > 1e-2
