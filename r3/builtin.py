@@ -30,7 +30,7 @@ class Recipe:
     `measure_prompts` held-out prompts) of at least `target_reward`; 0 leaves the weights random.
     """
 
-    version: int = 3
+    version: int = 4
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
