@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -12,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from r3._identity import require_own_packages
 from r3.config import Config, describe, load_config, run_directory
 from r3.errors import R3Error
+from r3.plan import plan, render
+from r3.preflight import check, check_installed
 from r3.run import RunDirectory, read_rows
 from r3.summary import summarise
 
@@ -33,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     options = _parser().parse_args(arguments)
     try:
+        require_own_packages()
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            print(config.to_yaml(), end="")
-            return 0
+            return _dry_run(config)
         with _sigterm_as_exception():
             return _run(config)
     except R3Error as error:
@@ -45,6 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Terminated:
         return 143
+
+
+def _dry_run(config: Config) -> int:
+    """Print the resolved config, and the memory plan as comments, so that the output is a config file still."""
+    print(config.to_yaml(), end="", flush=True)
+    size = check(config)
+    print("# memory plan", *render(config, size, plan(config, size)), sep="\n#   ")
+    return 0
 
 
 def _run(config: Config) -> int:
@@ -68,6 +80,9 @@ def _train(config: Config, run: RunDirectory) -> None:
     from r3.builtin import resolve_model
     from r3.tasks import open_task
 
+    check(config)
+    if not os.environ.get("RAY_ADDRESS"):
+        check_installed(config)
     task = open_task(config.task)
     model = resolve_model(config.model.path, target_reward=config.model.warm_start_reward, seed=config.run.seed)
 
@@ -137,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=Path, required=True, metavar="FILE", help="a path, a name in ./configs, or a shipped name"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the configuration, print it resolved, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, model and engine arguments, print the resolved config and a memory plan, and stop",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys")
     return parser
 
