@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import r3
 from r3.errors import ConfigError
 
 _MARKER = "__r3__ = True"
@@ -14,26 +13,21 @@ _REINSTALL = "pip install --force-reinstall --no-deps rollout-router-replay"
 def require_own_packages() -> None:
     """Raise `ConfigError` that names the file found unless `r3`, `r3.rollout` and `r3.trainer` are ours.
 
-    pip lets one distribution overwrite another's file without a word, and a checkout without symbolic links holds two
-    small text files in place of `r3/rollout` and `r3/trainer`.
+    pip lets one distribution overwrite another's file without a word, and deletes it with that distribution. A checkout
+    without symbolic links holds small text files in place of `r3/rollout` and `r3/trainer`.
     """
     home = Path(__file__).parent
-    found = Path(r3.__file__) if r3.__file__ else None
-    if found is None or found.parent != home:
-        raise ConfigError(
-            f"`import r3` finds {found or list(r3.__path__)}, a foreign package; this one is {home}. Remove that from "
-            "the path (current directory, PYTHONPATH, site-packages), or run with python -P"
-        )
+    for link in ("rollout", "trainer", "configs"):
+        if (home / link).is_file():
+            raise ConfigError(
+                f"{home / link} is a file where a symbolic link to ../{link} belongs: this checkout lost its links. "
+                "Repair it (git config core.symlinks true && git checkout -- r3), or install the package"
+            )
     for name, folder in (("r3", home), ("r3.rollout", home / "rollout"), ("r3.trainer", home / "trainer")):
         _require_own(name, folder)
 
 
 def _require_own(name: str, folder: Path) -> None:
-    if folder.is_file():
-        raise ConfigError(
-            f"{folder} is a file where a symbolic link to ../{folder.name} belongs: this checkout lost its links. "
-            f"Repair it (git config core.symlinks true && git checkout -- r3), or install the package"
-        )
     init = folder / "__init__.py"
     if not init.is_file():
         raise ConfigError(f"{name} has no {init}; the installation is damaged: {_REINSTALL}")

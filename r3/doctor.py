@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,8 +23,6 @@ from typing import Literal
 from r3._identity import require_own_packages
 from r3.config import Config, load_config
 from r3.errors import ConfigError, EngineError, R3Error
-from r3.plan import human, plan
-from r3.preflight import check, check_installed
 
 State = Literal["ok", "warn", "FAIL", "skip"]
 DISTRIBUTION = "rollout-router-replay"
@@ -88,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def examine(config: Config, *, quick: bool) -> Iterator[Check]:
     """Yield every check as it is done; `quick` leaves out those that start Ray and the engine."""
     yield check_python()
-    yield _attempt("r3", _own_packages)
+    own = _attempt("r3", _own_packages)
+    yield own
+    if own.state == "FAIL":
+        return  # whatever follows would fail at an import
     for package in PACKAGES:
         yield check_package(package)
     yield _attempt("installation", lambda: _installed(config))
@@ -96,8 +98,7 @@ def examine(config: Config, *, quick: bool) -> Iterator[Check]:
     yield check_gpu(config)
     yield from check_disk()
     yield check_shared_memory(config)
-    yield check_start("ray", config, _start_ray, quick=quick)
-    yield check_start("engine", config, _start_engine, quick=quick)
+    yield from check_parts(config, quick=quick)
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Check:
@@ -162,6 +163,7 @@ def check_gpu(config: Config) -> Check:
 def check_disk() -> Iterator[Check]:
     """Look for room where runs, built-in models and Ray's sessions are written."""
     from r3.builtin import cache_dir
+    from r3.plan import human
 
     places = {"runs": (Path.cwd(), "change directory or set run.dir"), "cache": (cache_dir(), "set R3_CACHE"),
               "ray sessions": (Path(os.environ.get("RAY_TMPDIR", "/tmp")), "set RAY_TMPDIR")}  # fmt: skip
@@ -179,6 +181,9 @@ def check_disk() -> Iterator[Check]:
 
 def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Check:
     """Compare /dev/shm, where Ray keeps objects, with what the config needs; Ray falls back to the disk, slowly."""
+    from r3.plan import human, plan
+    from r3.preflight import check
+
     try:
         needed = plan(config, check(config)).object_store
     except ConfigError:
@@ -192,21 +197,34 @@ def check_shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Chec
     return Check("shared memory", "ok", detail)
 
 
-def check_start(name: str, config: Config, start: Callable[[Config], str], *, quick: bool) -> Check:
-    """Start a part for real, unless `quick`."""
+def check_parts(config: Config, *, quick: bool) -> Iterator[Check]:
+    """Start Ray, and on it the engine, for real; unless `quick`."""
     if quick:
-        return Check(name, "skip", "not started (--quick)")
-    return _attempt(name, lambda: start(config))
+        yield Check("ray", "skip", "not started (--quick)")
+        yield Check("engine", "skip", "not started (--quick)")
+        return
+    with ExitStack() as stack:
+        started = _attempt("ray", lambda: _start_ray(config, stack))
+        yield started
+        if started.state == "FAIL":
+            yield Check("engine", "skip", "not started, because Ray was not")
+        else:
+            yield _attempt("engine", lambda: _start_engine(config))
 
 
-def _start_ray(config: Config) -> str:
+def _start_ray(config: Config, stack: ExitStack) -> str:
+    import ray
+
     from r3.cluster import ray_cluster
 
-    with ray_cluster(config):
-        import ray
+    stack.enter_context(ray_cluster(config))
 
-        pid = ray.get(ray.remote(os.getpid).remote(), timeout=_PROBE_TIMEOUT_S)
-        return f"{ray.__version__} with {ray.cluster_resources().get('CPU', 0):g} CPUs ran a task in process {pid}"
+    @ray.remote
+    def look() -> int:
+        return os.getpid()
+
+    pid = ray.get(look.remote(), timeout=_PROBE_TIMEOUT_S)
+    return f"{ray.__version__} with {ray.cluster_resources().get('CPU', 0):g} CPUs ran a task in process {pid}"
 
 
 def _start_engine(config: Config) -> str:
@@ -214,7 +232,6 @@ def _start_engine(config: Config) -> str:
     import ray
 
     from r3.builtin import PREFIX, is_built, plan_model, resolve_model
-    from r3.cluster import ray_cluster
     from r3.rollout.pool import RolloutPool
     from r3.tasks import open_task
 
@@ -224,7 +241,7 @@ def _start_engine(config: Config) -> str:
         reward = 0  # random weights route as well as trained ones, and are made in seconds
     model = resolve_model(name, target_reward=reward, seed=seed)
     one = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 1})})
-    with ray_cluster(one), RolloutPool(one, model) as pool:
+    with RolloutPool(one, model) as pool:
         spec = pool.spec()
         if not spec.capture:
             raise EngineError(f"{spec.engine} runs without routing capture; start it with enable_return_routed_experts")
@@ -239,11 +256,15 @@ def _own_packages() -> str:
 
 
 def _installed(config: Config) -> str:
+    from r3.preflight import check_installed
+
     check_installed(config)
     return "every package that this config needs can be imported"
 
 
 def _config(config: Config) -> str:
+    from r3.preflight import check
+
     size = check(config)
     return f"{config.model.path} with {size.parameters:,} parameters"
 

@@ -80,7 +80,7 @@ def needs(config: Config) -> Iterator[Need]:
         yield Need("reasoning_gym", "tasks", "task.kind=reasoning_gym")
     elif config.task.verifier == "math" and config.task.reward is None:
         yield Need("math_verify", "tasks", "task.verifier=math")
-    if config.tracking.wandb == "online" and os.environ.get("WANDB_MODE", "online") == "online":
+    if config.tracking.wandb == "online" and (os.environ.get("WANDB_MODE") or "online") == "online":
         yield Need("wandb", "wandb", "tracking.wandb=online")
 
 

@@ -16,8 +16,6 @@ from types import FrameType
 from r3._identity import require_own_packages
 from r3.config import Config, describe, load_config, run_directory
 from r3.errors import R3Error
-from r3.plan import plan, render
-from r3.preflight import check, check_installed
 from r3.run import RunDirectory, read_rows
 from r3.summary import summarise
 
@@ -53,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dry_run(config: Config) -> int:
     """Print the resolved config, and the memory plan as comments, so that the output is a config file still."""
+    from r3.plan import plan, render
+    from r3.preflight import check
+
     print(config.to_yaml(), end="", flush=True)
     size = check(config)
     print("# memory plan", *render(config, size, plan(config, size)), sep="\n#   ")
@@ -78,6 +79,7 @@ def _run(config: Config) -> int:
 def _train(config: Config, run: RunDirectory) -> None:
     # Imported here: `--help`, `--dry-run` and every mistake in the configuration answer without torch, Ray or SGLang.
     from r3.builtin import resolve_model
+    from r3.preflight import check, check_installed
     from r3.tasks import open_task
 
     check(config)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
 from r3.config import Config
-from r3.errors import EngineError, R3Error
+from r3.errors import ConfigError, EngineError, R3Error
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
@@ -33,7 +33,12 @@ class TrainerRank:
         if config.trainer.gpus_per_process == 0:
             # Read once, when torch loads.
             os.environ["OMP_NUM_THREADS"] = "1"
-        from r3.trainer.worker import TrainerWorker
+        try:
+            from r3.trainer.worker import TrainerWorker
+        except ImportError as error:
+            raise ConfigError(
+                f"trainer rank {rank}: {error}; pip install 'rollout-router-replay[megatron]' on every node"
+            ) from error
 
         self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)
         return self._worker.spec()
