@@ -219,7 +219,7 @@ def _start_ray(config: Config, stack: ExitStack) -> str:
 
     stack.enter_context(ray_cluster(config))
 
-    @ray.remote
+    @ray.remote(num_cpus=0)
     def look() -> int:
         return os.getpid()
 
