@@ -28,5 +28,6 @@ gate ruff check .
 gate ruff format --check .
 gate mypy -p r3
 layers
-gate mkdocs build --strict --quiet
+# mkdocs-material announces its successor on every build.
+NO_MKDOCS_2_WARNING=1 gate mkdocs build --strict --quiet
 gate pytest -m "not slow and not gpu" "$@"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the schema in r3/config.py; `--check` only compares, and exits 1 when it is stale."""
+"""Write docs/configuration.md from the schema in r3/config.py; `--check` only compares, and exits 1 when stale."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ HEAD = """\
 single keys and are read as YAML. `--dry-run` checks everything that can be checked without starting anything, prints
 the resolved config and, as comments, a memory plan, and exits 0 or 2. Every wrong key is reported at once.
 
-A file may begin with `defaults: OTHER.yaml`, a file beside it or any name that `--config` takes. Its keys lie over those
-of `OTHER.yaml`, section by section; a key replaces the key of the other file, whatever it holds. One level: the other
-file has no `defaults` of its own.
+A file may begin with `defaults: OTHER.yaml`, a file beside it or any name that `--config` takes. Its keys lie over
+those of `OTHER.yaml`, section by section; a key replaces the key of the other file, whatever it holds. One level: the
+other file has no `defaults` of its own.
 
     defaults: grpo_qwen3moe.yaml
     model: /data/qwen3-moe
     trainer: {lr: 1e-6}
 
-`model: NAME` is short for `model: {path: NAME}`. A run writes what it resolved to `RUN/config.resolved.yaml`, which is a
-config file too.
+`model: NAME` is short for `model: {path: NAME}`. A run writes what it resolved to `RUN/config.resolved.yaml`, which
+is a config file too.
 """
 
 

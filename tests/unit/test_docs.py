@@ -51,7 +51,7 @@ def test_every_quoted_message_is_in_the_code(heading: str) -> None:
 def test_every_key_that_a_page_names_exists(page: Path) -> None:
     sections = "|".join(Config.model_fields)
     named = set(re.findall(rf"(?<![\w/.-])((?:{sections})\.[a-z_0-9]+)\b(?!\.|\()", page.read_text()))
-    known = KEYS | {"run.sh", "metrics.jsonl", "task.md", "model.safetensors"}
+    known = KEYS | {"metrics.jsonl", "metrics.md", "model.safetensors"}
     assert named - known == set()
 
 
