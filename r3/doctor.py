@@ -31,7 +31,7 @@ PYTHONS = ((3, 11), (3, 12))
 TESTED = {"sglang": "0.5.23", "megatron-core": "0.16.1", "torch": "2.13.0", "transformers": "5.19.0", "ray": "2.60"}
 PACKAGES = ("ray", "torch", "sglang", "megatron-core", "transformers", "safetensors", "wandb", "reasoning-gym")
 _FREE_DISK = 2 * 2**30
-_PROBE_TIMEOUT_S = 120
+_PROBE_TIMEOUT_S = 300
 # Runs in a process of its own: a broken CUDA installation may take the interpreter down with it.
 _GPU_PROBE = """
 import json, torch

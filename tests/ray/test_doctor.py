@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,22 +37,20 @@ def test_the_doctor_starts_ray_and_the_engine(model: Path) -> None:
     assert found["engine"]["detail"].startswith("fake 1 started, capture on: ")
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [("capture_off: true", "fake 1 runs without routing capture"), ("stale_cache: true", "start-up canary"),
-     ("refuse_start: no memory", "no memory")],
-)  # fmt: skip
-def test_the_doctor_finds_an_engine_that_does_not_capture(model: Path, fault: str, message: str) -> None:
-    code, found = last_checks(*FAKE, f"model={model}", f"rollout.engine_args={{{fault}}}")
+def test_the_doctor_finds_an_engine_that_does_not_capture(model: Path) -> None:
+    code, found = last_checks(*FAKE, f"model={model}", "rollout.engine_args={capture_off: true}")
     assert code == 4
     assert found["ray"]["state"] == "ok"
-    assert (found["engine"]["state"], message in found["engine"]["detail"]) == ("FAIL", True), found["engine"]
+    assert found["engine"]["state"] == "FAIL"
+    assert "fake 1 runs without routing capture" in found["engine"]["detail"]
 
 
 @pytest.mark.megatron
 def test_a_run_ends_with_4_when_the_engine_turns_out_not_to_capture(tmp_path: Path, model_a: Path) -> None:
+    model = shutil.copytree(model_a, tmp_path / "model")
+    write_files(model, rms_norm_eps=1e-6, rope_theta=1e4)  # what the trainer reads besides
     result = run_module(
-        "r3.train", "--config", "grpo_qwen3moe", *FAKE, f"model={model_a}", f"run.dir={tmp_path}/run",
+        "r3.train", "--config", "grpo_qwen3moe", *FAKE, f"model={model}", f"run.dir={tmp_path}/run",
         "rollout.engine_args={capture_off: true}",
     )  # fmt: skip
     refused(result, 4, "fake 1 runs without routing capture; start it with enable_return_routed_experts")
