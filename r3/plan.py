@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from r3.builtin import PREFIX, Recipe, is_built, plan_model
 from r3.config import Config
 from r3.errors import ConfigError
+from r3.trainer.architecture import Architecture
 from r3.types import ModelSpec
 
 # Prompt lengths are not known before a tokenizer is loaded; sizes that depend on them are given for this many tokens.
@@ -26,12 +25,14 @@ _TOKEN_BYTES = 8
 class ModelSize:
     """The facts of a checkpoint that decide memory; `directory` is None for a built-in model that is not made yet."""
 
-    spec: ModelSpec
+    arch: Architecture
     parameters: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
     directory: Path | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The part of the architecture that engine and trainer must agree on."""
+        return self.arch.spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def plan(config: Config, size: ModelSize) -> Plan:
         optimizer=(8 if compute == 4 else 12) * count,
         reference=compute * count if config.grpo.kl_coef > 0 else 0,
         engine_weights=engine * count,
-        kv=slots and slots * size.spec.num_layers * 2 * size.kv_heads * size.head_dim * engine,
+        kv=slots and slots * size.spec.num_layers * 2 * size.arch.groups * size.arch.head_dim * engine,
         # SGLang's host buffer: int32 for every KV slot, layer (dense ones too) and choice.
         capture=slots and slots * size.spec.num_layers * size.spec.top_k * 4 * config.routing.capture,
         routing_per_token=size.spec.routing_bytes(1) if config.routing.capture else 0,
@@ -128,26 +129,8 @@ def human(number: int) -> str:
 
 
 def _size_of_directory(directory: Path) -> ModelSize:
-    spec = ModelSpec.from_directory(directory)
-    config = json.loads((directory / "config.json").read_text())
-    return _size(spec, config, count_parameters(directory), directory, str(directory / "config.json"))
-
-
-def _size(
-    spec: ModelSpec, config: Mapping[str, Any], parameters: int, directory: Path | None, source: str
-) -> ModelSize:
-    try:
-        heads = int(config["num_attention_heads"])
-        return ModelSize(
-            spec=spec,
-            parameters=parameters,
-            kv_heads=int(config["num_key_value_heads"]),
-            head_dim=int(config.get("head_dim") or spec.hidden_size // heads),
-            max_positions=int(config["max_position_embeddings"]),
-            directory=directory,
-        )
-    except KeyError as error:
-        raise ConfigError(f"{source} has no {error.args[0]!r}, which a Qwen3-MoE model needs") from None
+    arch = Architecture.from_directory(directory)
+    return ModelSize(arch, count_parameters(directory), directory)
 
 
 def count_parameters(directory: Path) -> int:
@@ -193,9 +176,12 @@ def _size_of_recipe(recipe: Recipe) -> ModelSize:
         "num_key_value_heads": recipe.kv_heads,
         "head_dim": recipe.head_dim,
         "max_position_embeddings": recipe.max_positions,
+        "moe_intermediate_size": recipe.expert_size,
+        "intermediate_size": 4 * recipe.hidden_size,
+        "rms_norm_eps": 1e-6,
     }
     hidden, width = recipe.hidden_size, recipe.head_dim
     attention = hidden * width * 2 * (recipe.heads + recipe.kv_heads) + 2 * width
     experts = recipe.experts * (hidden + 3 * hidden * recipe.expert_size)
     parameters = recipe.layers * (attention + experts + 2 * hidden) + (2 * recipe.tokenizer_vocab + 1) * hidden
-    return _size(ModelSpec.from_hf_config(config), config, parameters, None, "the recipe")
+    return ModelSize(Architecture.from_hf_config(config, "the recipe"), parameters, None)

@@ -101,9 +101,9 @@ def _check_files(directory: Path) -> None:
 
 def _check_lengths(config: Config, size: ModelSize) -> Iterator[str]:
     answer, slots = config.rollout.max_new_tokens, config.rollout.max_total_tokens
-    if answer >= size.max_positions:
+    if answer >= size.arch.max_positions:
         yield (
-            f"rollout.max_new_tokens={answer} leaves no room for a prompt in the model's {size.max_positions} "
+            f"rollout.max_new_tokens={answer} leaves no room for a prompt in the model's {size.arch.max_positions} "
             "positions (max_position_embeddings); lower it"
         )
     if slots is not None and answer >= slots:

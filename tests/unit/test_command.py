@@ -93,6 +93,11 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
     assert yaml.safe_load(result.stdout)["trainer"]["lr"] == 1e-6
 
 
+def rename_key(directory: Path, key: str) -> None:
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace(f'"{key}"', '"other"'))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -102,8 +107,13 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path: Path) -> None:
         (lambda d: (d / "tokenizer.json").unlink() or (d / "tokenizer_config.json").unlink(), "holds no tokenizer"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda d: write_files(d, tie_word_embeddings=True), "tie_word_embeddings=true"),
+        (lambda d: write_files(d, hidden_act="gelu"), "hidden_act='gelu' is not supported by the trainer"),
+        (lambda d: rename_key(d, "rms_norm_eps"), "has no 'rms_norm_eps', which a Qwen3-MoE model needs"),
         (lambda d: write_files(d, model_type="llama"), "model_type is 'llama'; supported: 'qwen3_moe'"),
-        (lambda d: write_files(d, eos_token_id=None) and (d / "generation_config.json").unlink(), "no eos_token_id"),
+        (
+            lambda d: write_files(d, eos_token_id=None) and (d / "generation_config.json").unlink(),
+            "no eos_token_id",
+        ),
     ],
 )
 def test_a_model_directory_that_cannot_work_is_refused(tmp_path: Path, model: Path, damage, message) -> None:

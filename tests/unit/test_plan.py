@@ -19,7 +19,12 @@ MIB = 2**20
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A directory whose facts are those of a large model and whose weights are small."""
-    changes = {"num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 2}
+    changes = {
+        "num_hidden_layers": 48,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 2,
+    }
     return write_weights(write_files(tmp_path / "large", **changes), {"a": [1024, 1024], "b": [1024, 2048]})
 
 
@@ -86,7 +91,6 @@ def test_the_plan_of_a_model_that_is_not_built_bounds_the_built_one(
 
 
 def test_a_config_without_a_needed_key_is_named(large: Path) -> None:
-    write_files(large, num_key_value_heads=2)
     text = (large / "config.json").read_text().replace('"num_key_value_heads"', '"other"')
     (large / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="has no 'num_key_value_heads'"):
