@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from r3.errors import CheckpointError
-from r3.trainer.architecture import Architecture
 from r3.trainer.megatron import GPTModel
+from r3.trainer.model import Architecture
 
 Tensors = tuple[torch.Tensor, ...]
 

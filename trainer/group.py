@@ -33,12 +33,7 @@ class TrainerRank:
         if config.trainer.gpus_per_process == 0:
             # Read once, when torch loads.
             os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            from r3.trainer.worker import TrainerWorker
-        except ImportError as error:
-            raise ConfigError(
-                f"trainer rank {rank}: {error}; pip install 'rollout-router-replay[megatron]' on every node"
-            ) from error
+        from r3.trainer.worker import TrainerWorker
 
         self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)
         return self._worker.spec()
@@ -184,5 +179,7 @@ def _root_cause(errors: Mapping[int, Exception], what: str) -> R3Error:
     for error in errors.values():
         if isinstance(error, RayTaskError) and isinstance(error.cause, R3Error):
             return error.cause
+        if isinstance(error, RayTaskError) and isinstance(error.cause, ImportError):
+            return ConfigError(f"a trainer rank: {error.cause}; pip install 'rollout-router-replay[megatron]' on its node")
     rank, error = next(iter(errors.items()))
     return EngineError(f"trainer rank {rank} failed in {what!r}: {error}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from r3.trainer.architecture import Architecture
+from r3.trainer.architecture import Architecture as Architecture
 from r3.trainer.megatron import (
     GPTModel,
     ModuleSpec,

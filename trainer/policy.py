@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.metrics import RouterCounts
-from r3.trainer.architecture import Architecture
 from r3.trainer.batching import MicroBatch, StepBatch
 from r3.trainer.convert import load_weights
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
@@ -31,7 +30,7 @@ from r3.trainer.megatron import (
     get_forward_backward_func,
     get_megatron_optimizer,
 )
-from r3.trainer.model import DTYPES, build_model, transformer_config
+from r3.trainer.model import DTYPES, Architecture, build_model, transformer_config
 from r3.trainer.parallel import device
 from r3.trainer.replay import MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses

@@ -22,11 +22,10 @@ from r3 import metrics
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.trainer import parallel
-from r3.trainer.architecture import Architecture
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, require_records, share
 from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
-from r3.trainer.model import DTYPES
+from r3.trainer.model import DTYPES, Architecture
 from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets

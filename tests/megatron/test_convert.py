@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r3.errors import CheckpointError, ConfigError
-from r3.trainer.architecture import Architecture
 from r3.trainer.convert import export_weights, load_weights
 from r3.trainer.megatron import GPTModel
-from r3.trainer.model import build_model, transformer_config
+from r3.trainer.model import Architecture, build_model, transformer_config
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import WeightBuckets
 from tests.megatron.toys import VOCAB, write_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from r3.config import Config
-from r3.trainer.architecture import Architecture
+from r3.trainer.model import Architecture
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.worker import TrainerWorker
 from r3.types import Batch, ModelSpec

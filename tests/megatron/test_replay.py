@@ -14,10 +14,9 @@ import torch
 from r3.config import Config
 from r3.errors import ConfigError, RoutingError
 from r3.trainer import replay
-from r3.trainer.architecture import Architecture
 from r3.trainer.batching import MicroBatch, StepBatch
 from r3.trainer.megatron import TopKRouter
-from r3.trainer.model import build_model, transformer_config
+from r3.trainer.model import Architecture, build_model, transformer_config
 from r3.trainer.policy import Policy, RoutingUse, UpdateSums
 from r3.trainer.replay import MicrobatchRouting, ReplayContext, ReplayRouter, router_order
 from tests.megatron.toys import gradients, make_batch, make_config, own_routing, prepare
