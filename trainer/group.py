@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
 from r3.config import Config
-from r3.errors import ConfigError, EngineError, R3Error
+from r3.errors import EngineError, R3Error
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
@@ -179,7 +179,5 @@ def _root_cause(errors: Mapping[int, Exception], what: str) -> R3Error:
     for error in errors.values():
         if isinstance(error, RayTaskError) and isinstance(error.cause, R3Error):
             return error.cause
-        if isinstance(error, RayTaskError) and isinstance(error.cause, ImportError):
-            return ConfigError(f"a trainer rank: {error.cause}; pip install 'rollout-router-replay[megatron]' on its node")
     rank, error = next(iter(errors.items()))
     return EngineError(f"trainer rank {rank} failed in {what!r}: {error}")
