@@ -244,8 +244,6 @@ def test_arguments_of_cpu_and_gpu_engines() -> None:
     assert on_gpu["mem_fraction_static"] == 0.5
     assert "device" not in on_gpu
     assert "max_total_tokens" not in on_gpu
-    with pytest.raises(ConfigError, match="max_total_tokens is null"):
-        engine_kwargs(Config.model_validate({"rollout": {"max_total_tokens": None}}), "/model", 0)
 
 
 def test_an_engine_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
