@@ -46,6 +46,12 @@ class RunConfig(Section):
     """GRPO steps."""
     eval_every: int = Field(20, ge=0)
     """Greedy evaluation on held-out prompts before step 1, every N steps and after the last; 0 switches it off."""
+    checkpoint_every: int = Field(20, ge=0)
+    """Save the run's state every N steps and after the last, for `--resume`; 0 switches it off."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept; older ones are deleted."""
+    deterministic: bool = False
+    """Repeatable to the bit on the same machines: deterministic kernels, and no prompt is reused between calls."""
 
 
 class ModelConfig(Section):

@@ -148,7 +148,7 @@ class RolloutPool:
         """
         size = self._config.grpo.group_size
         jobs = [
-            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size), returns=2)
+            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size, step), returns=2)
             for worker, (begin, end) in enumerate(_shares(len(prompts), len(self._actors)))
             if end > begin
         ]

@@ -13,8 +13,9 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
 
+from r3.checkpoint import FileRecord
 from r3.config import Config
-from r3.errors import EngineError, R3Error
+from r3.errors import CheckpointError, EngineError, R3Error
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
@@ -33,6 +34,9 @@ class TrainerRank:
         if config.trainer.gpus_per_process == 0:
             # Read once, when torch loads.
             os.environ["OMP_NUM_THREADS"] = "1"
+        elif config.run.deterministic:
+            # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         from r3.trainer.worker import TrainerWorker
 
         self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)
@@ -69,6 +73,14 @@ class TrainerRank:
     def save_hf(self, directory: str) -> None:
         """See `TrainerWorker`."""
         self._worker.save_hf(directory)
+
+    def save_state(self, directory: str) -> FileRecord:
+        """See `TrainerWorker`."""
+        return self._worker.save_state(directory)
+
+    def load_state(self, directory: str) -> int:
+        """See `TrainerWorker`."""
+        return self._worker.load_state(directory)
 
 
 class TrainerGroup:
@@ -128,6 +140,17 @@ class TrainerGroup:
     def save_hf(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face checkpoint directory."""
         self._all("save_hf", str(directory))
+
+    def save_state(self, directory: str | Path) -> list[FileRecord]:
+        """Let every rank write its state into a directory that all of them see; return the files, synchronised."""
+        return self._all("save_state", str(directory))
+
+    def load_state(self, directory: str | Path) -> int:
+        """Let every rank go on from its saved state; return the weight version."""
+        versions: list[int] = self._all("load_state", str(directory))
+        if len(set(versions)) > 1:
+            raise CheckpointError(f"{directory}: the ranks hold weight versions {versions}")
+        return versions[0]
 
     def close(self) -> None:
         """End all ranks; harmless when some are dead already."""
