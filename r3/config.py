@@ -112,6 +112,8 @@ class RolloutConfig(Section):
     """Rollout actors, each with an engine of its own."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs per rollout actor; 0 runs the engine on the CPU."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Rollout actors on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Dtype of the engine's weights."""
     prompts_per_step: int = Field(32, ge=1)
@@ -187,6 +189,8 @@ class TrainerConfig(Section):
     """Trainer ranks (data parallel)."""
     gpus_per_process: float = Field(0, ge=0)
     """GPUs per rank; 0 trains on the CPU over gloo."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Trainer ranks on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; bfloat16 keeps fp32 main parameters."""
     micro_batch_size: int = Field(64, ge=1)
@@ -325,7 +329,7 @@ def find_config(file: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml"))
+    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml") if path.name != "runtime_env.yaml")
     raise ConfigError(
         f"no config {str(file)!r}; looked in ., ./configs and the package, which ships {', '.join(shipped)}"
     )

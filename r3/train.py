@@ -146,13 +146,13 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> 
     code = 1
     try:
         # `ray.init` puts a handler of its own in the place of ours.
-        with ray_cluster(config), _sigterm_as_exception():
+        with ray_cluster(config) as places, _sigterm_as_exception():
             print(
                 f"starting {config.rollout.workers} rollout and {config.trainer.processes} trainer actors", flush=True
             )
             with (
-                RolloutPool(config, model, on_event=run.log_event) as pool,
-                TrainerGroup(config, model) as trainers,
+                RolloutPool(config, model, on_event=run.log_event, place=places.rollout) as pool,
+                TrainerGroup(config, model, place=places.trainer) as trainers,
                 # Here too, before anything is closed: `ray job stop` kills the driver seconds after SIGTERM.
                 _outcome(run),
             ):

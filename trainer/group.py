@@ -12,6 +12,8 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r3.checkpoint import FileRecord
 from r3.config import Config
@@ -92,12 +94,17 @@ class TrainerGroup:
     stand at the same place.
     """
 
-    def __init__(self, config: Config, model_dir: str | Path) -> None:
+    def __init__(self, config: Config, model_dir: str | Path, place: PlacementGroup | None = None) -> None:
+        """Start every rank, in its bundle of `place` (`r3.cluster.Places`) or, without one, where Ray chooses."""
         trainer = config.trainer
         self._timeout = trainer.timeout_s
         actor = ray.remote(TrainerRank).options(num_cpus=1, num_gpus=trainer.gpus_per_process, max_restarts=0)
         world = trainer.processes
-        self._ranks = [actor.remote(config, str(model_dir), rank, world) for rank in range(world)]
+        spots = [PlacementGroupSchedulingStrategy(place, rank) if place else None for rank in range(world)]
+        self._ranks = [
+            actor.options(scheduling_strategy=spot).remote(config, str(model_dir), rank, world)
+            for rank, spot in enumerate(spots)
+        ]
         limit = time.monotonic() + trainer.start_timeout_s
         try:
             self._spec = self._wait([rank.start.remote() for rank in self._ranks], "start", limit)[0]

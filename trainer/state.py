@@ -14,6 +14,9 @@ from r3.errors import CheckpointError
 from r3.trainer.megatron import get_cuda_rng_tracker
 from r3.trainer.policy import Policy
 
+# What the config decides: a resumed run takes these from its own, not from the saved parameter groups.
+_CONFIGURED = ("max_lr", "min_lr", "betas", "eps")
+
 
 def save_state(policy: Policy, version: int, file: Path) -> FileRecord:
     """Write the rank's state; raise `CheckpointError` when the file cannot be written."""
@@ -40,7 +43,7 @@ def load_state(policy: Policy, file: Path) -> int:
         # Tensors and plain values only: nothing in the file is executed.
         state = torch.load(file, map_location="cpu", weights_only=True)
         policy.model.load_state_dict(state["model"])
-        policy.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(policy, state["optimizer"])
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist on this node; run.dir must be on a shared file system") from None
     except (OSError, RuntimeError, KeyError, ValueError) as error:
@@ -50,6 +53,15 @@ def load_state(policy: Policy, file: Path) -> int:
     policy.schedule.step(increment=state["schedule"])
     _restore_random(state["random"])
     return int(state["weight_version"])
+
+
+def _load_optimizer(policy: Policy, state: Any) -> None:
+    configured = [
+        {key: group[key] for key in _CONFIGURED if key in group} for group in policy.optimizer.param_groups
+    ]
+    policy.optimizer.load_state_dict(state)
+    for group, values in zip(policy.optimizer.param_groups, configured, strict=True):
+        group.update(values)
 
 
 def _random_states() -> dict[str, Any]:
