@@ -216,9 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"configuration keys:\n{keys}\n\n{EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a path, a name in ./configs, or a shipped name"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a path, a name in ./configs, or a shipped name")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",

@@ -98,12 +98,17 @@ class TrainerGroup:
         """Start every rank, in its bundle of `place` (`r3.cluster.Places`) or, without one, where Ray chooses."""
         trainer = config.trainer
         self._timeout = trainer.timeout_s
-        actor = ray.remote(TrainerRank).options(num_cpus=1, num_gpus=trainer.gpus_per_process, max_restarts=0)
         world = trainer.processes
-        spots = [PlacementGroupSchedulingStrategy(place, rank) if place else None for rank in range(world)]
         self._ranks = [
-            actor.options(scheduling_strategy=spot).remote(config, str(model_dir), rank, world)
-            for rank, spot in enumerate(spots)
+            ray.remote(TrainerRank)
+            .options(
+                num_cpus=1,
+                num_gpus=trainer.gpus_per_process,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank) if place else None,
+            )
+            .remote(config, str(model_dir), rank, world)
+            for rank in range(world)
         ]
         limit = time.monotonic() + trainer.start_timeout_s
         try:

@@ -56,9 +56,7 @@ def load_state(policy: Policy, file: Path) -> int:
 
 
 def _load_optimizer(policy: Policy, state: Any) -> None:
-    configured = [
-        {key: group[key] for key in _CONFIGURED if key in group} for group in policy.optimizer.param_groups
-    ]
+    configured = [{key: group[key] for key in _CONFIGURED if key in group} for group in policy.optimizer.param_groups]
     policy.optimizer.load_state_dict(state)
     for group, values in zip(policy.optimizer.param_groups, configured, strict=True):
         group.update(values)
@@ -66,7 +64,7 @@ def _load_optimizer(policy: Policy, state: Any) -> None:
 
 def _random_states() -> dict[str, Any]:
     """Return the states of every generator in this process, as tensors and plain values."""
-    kind, words, *position = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
+    kind, words, *position = np.random.get_state()  # type: ignore[misc]
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(words).astype(np.int64)), *position),
@@ -79,7 +77,7 @@ def _random_states() -> dict[str, Any]:
 def _restore_random(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     kind, words, *position = states["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), *position))  # noqa: NPY002
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *position))
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

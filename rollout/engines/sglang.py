@@ -273,7 +273,7 @@ def _sampling_params(sampling: Sampling, requests: int) -> list[dict[str, Any]]:
 
     `sampling_seed` is read under `enable_deterministic_inference` alone, which `run.deterministic` sets on a GPU.
     """
-    seeds = [{}] * requests
+    seeds: list[dict[str, int]] = [{}] * requests
     if sampling.seed is not None:
         words = np.random.SeedSequence(sampling.seed).generate_state(requests)
         seeds = [{"sampling_seed": int(word)} for word in words]

@@ -73,7 +73,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def submit(cluster: LocalCluster, project: Path, *arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+def submit(
+    cluster: LocalCluster, project: Path, *arguments: str, wait: bool = True
+) -> subprocess.CompletedProcess[str]:
     options = ["--runtime-env", "runtime_env.yaml", *([] if wait else ["--no-wait"])]
     return cluster.ray("submit", *options, "--", "python", "-m", "r3.train", *arguments, cwd=project)
 
@@ -108,7 +110,9 @@ def test_a_relative_run_directory_is_refused(cluster: LocalCluster, project: Pat
     assert "set run.dir to an absolute path" in job.stdout
 
 
-def test_a_stopped_job_leaves_no_process(warm_model: Path, cluster: LocalCluster, project: Path, tmp_path: Path) -> None:
+def test_a_stopped_job_leaves_no_process(
+    warm_model: Path, cluster: LocalCluster, project: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     name = f"stopped-{uuid.uuid4().hex[:8]}"
     job = cluster.ray(
@@ -138,9 +142,7 @@ def test_two_nodes_share_one_run(warm_model: Path, tmp_path: Path) -> None:
         cluster.add_node(num_cpus=1)
         run = tmp_path / "run"
         overrides = ("trainer.processes=2", "trainer.placement=spread", "run.steps=2", f"run.dir={run}", *SMALL)
-        with started(
-            run, "--config", "grpo_qwen3moe", *overrides, RAY_ADDRESS=str(cluster.address)
-        ) as command:
+        with started(run, "--config", "grpo_qwen3moe", *overrides, RAY_ADDRESS=str(cluster.address)) as command:
             assert command.process.wait(timeout=400) == 0, command.output()
             assert steps(run) == [1, 2]
             assert len(list((run / "checkpoints" / "step-00000002").glob("rank-*.pt"))) == 2

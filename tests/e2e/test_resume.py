@@ -1,4 +1,4 @@
-"""A run that is stopped three times, by three signals, ends where an uninterrupted one ends, and leaves nothing behind."""
+"""A run that three signals stop ends where an uninterrupted one ends, and leaves no process behind."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def train(worker: TrainerWorker, spec: ModelSpec, *steps: int) -> dict[str, floa
         batch = make_batch(spec, seed=step)
         result = worker.step(step, make_advantages(batch, seed=step), False, batch)
     assert result is not None
-    return {k: v for k, v in result.metrics.items() if not k.startswith("time/") and not k.endswith(("_s"))}
+    return {k: v for k, v in result.metrics.items() if not k.startswith("time/") and not k.endswith("_s")}
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -48,7 +48,7 @@ def everything(worker: TrainerWorker) -> dict[str, Any]:
             "lr": policy.optimizer.param_groups[0]["lr"],
             "version": worker.weight_version,
             "torch": torch.get_rng_state(),
-            "numpy": np.random.get_state()[1],  # noqa: NPY002
+            "numpy": np.random.get_state()[1],
             "python": random.getstate(),
         }
     )
@@ -74,7 +74,7 @@ def test_save_and_load_change_nothing_that_comes_after(model_dir: Path, tmp_path
     with joined_worker(config, model_dir) as worker:
         train(worker, spec, 1, 2)
         random.seed(7)
-        np.random.seed(7)  # noqa: NPY002
+        np.random.seed(7)
         torch.manual_seed(7)
         record = worker.save_state(str(tmp_path))
         saved = everything(worker)
@@ -114,6 +114,6 @@ def test_another_model_or_a_missing_file_is_refused(model_dir: Path, tmp_path: P
 def test_a_place_that_cannot_be_written_is_said(model_dir: Path, tmp_path: Path) -> None:
     with (
         joined_worker(make_config(), model_dir) as worker,
-        pytest.raises(CheckpointError, match="cannot be written.*access to, run.dir"),
+        pytest.raises(CheckpointError, match=r"cannot be written.*access to, run.dir"),
     ):
         worker.save_state(str(tmp_path / "nowhere"))

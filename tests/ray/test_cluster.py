@@ -53,8 +53,9 @@ def test_ranks_are_packed_or_spread(two_nodes, monkeypatch, placement, nodes):
 
 def test_a_cluster_that_is_too_small_is_refused(two_nodes, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", two_nodes)
-    with pytest.raises(EngineError, match="needs 5 CPUs for its actors, the Ray cluster has 4"), ray_cluster(
-        config(trainer={"processes": 4})
+    with (
+        pytest.raises(EngineError, match="needs 5 CPUs for its actors, the Ray cluster has 4"),
+        ray_cluster(config(trainer={"processes": 4})),
     ):
         pass
 
@@ -69,15 +70,8 @@ def test_a_cluster_that_others_fill_is_refused_in_time(two_nodes, monkeypatch):
         assert group.wait(60)
         from r3.cluster import _reserve
 
-        with pytest.raises(EngineError, match="no room for the .* actors within 1 s"):
+        with pytest.raises(EngineError, match=r"no room for the .* actors within 1 s"):
             _reserve(wanted)
-
-
-def test_an_address_without_a_cluster_is_said(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
-    with pytest.raises(EngineError, match="no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1"), ray_cluster(Config()):
-        pass
 
 
 def test_demand_counts_every_actor():

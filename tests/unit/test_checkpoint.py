@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "sync", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*earlier checkpoints are untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*earlier checkpoints are untouched"):
         store.save(state(2), write_ranks)
     monkeypatch.undo()
     found = store.newest()
@@ -183,7 +183,7 @@ def test_going_back_hides_what_came_later(tmp_path):
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_nothing_to_resume_is_said(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no such directory|no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no such directory|no complete checkpoint"):
         find(tmp_path / name)
 
 
@@ -218,7 +218,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     run = a_run(tmp_path / "run")
     saved(run.path, 1)
     (run.path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="--resume .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"--resume .*--overwrite"):
         RunDirectory.create(run.path, Config())
     RunDirectory.create(run.path, Config(), overwrite=True)
     assert {p.name for p in run.path.iterdir()} == {"notes.txt", "config.resolved.yaml", "status.json"}
