@@ -34,7 +34,7 @@ class Started:
     run: Path
     mark: str
 
-    def wait_for_step(self, step: int, timeout: float = 240) -> None:
+    def wait_for_step(self, step: int, timeout: float = 480) -> None:
         """Wait until the metrics of a step are written."""
 
         def reached() -> bool:
