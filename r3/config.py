@@ -48,6 +48,12 @@ class RunConfig(Section):
     """GRPO steps."""
     eval_every: int = Field(20, ge=0)
     """Greedy evaluation on held-out prompts before step 1, every N steps and after the last; 0 switches it off."""
+    checkpoint_every: int = Field(20, ge=0)
+    """Save the run's state every N steps and after the last, for `--resume`; 0 switches it off."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept; older ones are deleted."""
+    deterministic: bool = False
+    """Repeatable to the bit on the same machines: deterministic kernels, and no prompt is reused between calls."""
 
 
 class ModelConfig(Section):
@@ -108,6 +114,8 @@ class RolloutConfig(Section):
     """Rollout actors, each with an engine of its own."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs per rollout actor; 0 runs the engine on the CPU."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Rollout actors on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Dtype of the engine's weights."""
     prompts_per_step: int = Field(32, ge=1)
@@ -183,6 +191,8 @@ class TrainerConfig(Section):
     """Trainer ranks (data parallel)."""
     gpus_per_process: float = Field(0, ge=0)
     """GPUs per rank; 0 trains on the CPU over gloo."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Trainer ranks on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; bfloat16 keeps fp32 main parameters."""
     micro_batch_size: int = Field(64, ge=1)
@@ -322,7 +332,7 @@ def find_config(file: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml"))
+    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml") if path.name != "runtime_env.yaml")
     raise ConfigError(
         f"no config {str(file)!r}; looked in ., ./configs and the package, which ships {', '.join(shipped)}"
     )

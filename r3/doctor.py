@@ -204,50 +204,61 @@ def check_parts(config: Config, *, quick: bool) -> Iterator[Check]:
         yield Check("engine", "skip", "not started (--quick)")
         return
     with ExitStack() as stack:
-        started = _attempt("ray", lambda: _start_ray(config, stack))
+        parts = _Parts(config, stack)
+        started = _attempt("ray", parts.start_ray)
         yield started
         if started.state == "FAIL":
             yield Check("engine", "skip", "not started, because Ray was not")
         else:
-            yield _attempt("engine", lambda: _start_engine(config))
+            yield _attempt("engine", parts.start_engine)
 
 
-def _start_ray(config: Config, stack: ExitStack) -> str:
-    import ray
+class _Parts:
+    """The parts of a run that the doctor starts, one after the other."""
 
-    from r3.cluster import ray_cluster
+    def __init__(self, config: Config, stack: ExitStack) -> None:
+        self._config = config
+        self._stack = stack
 
-    stack.enter_context(ray_cluster(config))
+    def start_ray(self) -> str:
+        """Start or join the cluster as a run does, reserve room for its actors and run a task."""
+        import ray
 
-    @ray.remote(num_cpus=0)
-    def look() -> int:
-        return os.getpid()
+        from r3.cluster import ray_cluster
 
-    pid = ray.get(look.remote(), timeout=_PROBE_TIMEOUT_S)
-    return f"{ray.__version__} with {ray.cluster_resources().get('CPU', 0):g} CPUs ran a task in process {pid}"
+        self._places = self._stack.enter_context(ray_cluster(self._config))
 
+        @ray.remote(num_cpus=0)
+        def look() -> int:
+            return os.getpid()
 
-def _start_engine(config: Config) -> str:
-    """Start one rollout actor and let it prove its capture, as a run does before its first step."""
-    import ray
+        pid = ray.get(look.remote(), timeout=_PROBE_TIMEOUT_S)
+        return f"{ray.__version__} with {ray.cluster_resources().get('CPU', 0):g} CPUs ran a task in process {pid}"
 
-    from r3.builtin import PREFIX, is_built, plan_model, resolve_model
-    from r3.rollout.pool import RolloutPool
-    from r3.tasks import open_task
+    def start_engine(self) -> str:
+        """Start one rollout actor and let it prove its capture, as a run does before its first step."""
+        import ray
 
-    task = open_task(config.task)
-    name, reward, seed = config.model.path, config.model.warm_start_reward, config.run.seed
-    if name.startswith(PREFIX) and not is_built(plan_model(name, target_reward=reward, seed=seed)[1]):
-        reward = 0  # random weights route as well as trained ones, and are made in seconds
-    model = resolve_model(name, target_reward=reward, seed=seed)
-    one = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 1})})
-    with RolloutPool(one, model) as pool:
-        spec = pool.spec()
-        if not spec.capture:
-            raise EngineError(f"{spec.engine} runs without routing capture; start it with enable_return_routed_experts")
-        batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]))
-        rows = int(batch.row_offsets[-1])
-        return f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache"
+        from r3.builtin import PREFIX, is_built, plan_model, resolve_model
+        from r3.rollout.pool import RolloutPool
+        from r3.tasks import open_task
+
+        config = self._config
+        task = open_task(config.task)
+        name, reward, seed = config.model.path, config.model.warm_start_reward, config.run.seed
+        if name.startswith(PREFIX) and not is_built(plan_model(name, target_reward=reward, seed=seed)[1]):
+            reward = 0  # random weights route as well as trained ones, and are made in seconds
+        model = resolve_model(name, target_reward=reward, seed=seed)
+        one = config.model_copy(update={"rollout": config.rollout.model_copy(update={"workers": 1})})
+        with RolloutPool(one, model, place=self._places.rollout) as pool:
+            spec = pool.spec()
+            if not spec.capture:
+                raise EngineError(
+                    f"{spec.engine} runs without routing capture; start it with enable_return_routed_experts"
+                )
+            batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]))
+            rows = int(batch.row_offsets[-1])
+            return f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache"
 
 
 def _own_packages() -> str:

@@ -93,7 +93,7 @@ class Policy:
         self.model = build_ddp(arch, self._layout, directory)
         self.replay = ReplayContext(self.model, arch.spec)
         self.optimizer = build_optimizer(config, self.model)
-        self._schedule = build_schedule(config, self.optimizer, updates)
+        self.schedule = build_schedule(config, self.optimizer, updates)
         self._layout.finalize_model_grads_func = finalize_model_grads
         self._layout.grad_scale_func = self.optimizer.scale_loss
         self._reference = _reference(config, arch, directory) if config.grpo.kl_coef > 0 else None
@@ -127,7 +127,7 @@ class Policy:
         grad_norm = None
         if self.gradients_finite():
             # Before the update: the scheduler starts at 0, so the other order would waste the first update.
-            self._schedule.step(increment=1)
+            self.schedule.step(increment=1)
             _, grad_norm, _ = self.optimizer.step()
         lr = float(self.optimizer.param_groups[0]["lr"])
         return Update(sums, None if grad_norm is None else float(grad_norm), lr, counts, replay_s)

@@ -159,6 +159,7 @@ def _gpu_kwargs(config: Config) -> dict[str, Any]:
         "mem_fraction_static": config.rollout.mem_fraction,
         "moe_runner_backend": "triton",
         "tp_size": max(1, math.ceil(config.rollout.gpus_per_worker)),
+        "enable_deterministic_inference": config.run.deterministic,
     }
 
 
