@@ -30,7 +30,7 @@ class Recipe:
     `measure_prompts` held-out prompts) of at least `target_reward`; 0 leaves the weights random.
     """
 
-    version: int = 3
+    version: int = 4
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
@@ -93,7 +93,11 @@ def resolve_model(name: str, *, target_reward: float, seed: int) -> Path:
     return path
 
 
-def _builtin(name: str, target_reward: float, seed: int) -> Path:
+def plan_model(name: str, *, target_reward: float, seed: int) -> tuple[Recipe, Path]:
+    """Return the recipe of a `builtin:NAME` and the folder that holds it once it is built.
+
+    Raises ConfigError for a name that there is not, and for a target outside [0, 1).
+    """
     short = name.removeprefix(PREFIX)
     if short not in RECIPES:
         known = ", ".join(PREFIX + key for key in RECIPES)
@@ -101,8 +105,17 @@ def _builtin(name: str, target_reward: float, seed: int) -> Path:
     if not 0 <= target_reward < 1:
         raise ConfigError(f"target_reward of {name} is {target_reward}; it must be at least 0 and below 1")
     recipe = replace(RECIPES[short], target_reward=float(target_reward), seed=seed)
-    folder = cache_dir() / f"{short}-{recipe.digest()}"
-    if _complete(folder):
+    return recipe, cache_dir() / f"{short}-{recipe.digest()}"
+
+
+def is_built(folder: Path) -> bool:
+    """Tell whether the folder of a built-in model is complete."""
+    return all((folder / file).is_file() for file in MODEL_FILES)
+
+
+def _builtin(name: str, target_reward: float, seed: int) -> Path:
+    recipe, folder = plan_model(name, target_reward=target_reward, seed=seed)
+    if is_built(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -111,13 +124,9 @@ def _builtin(name: str, target_reward: float, seed: int) -> Path:
             f"cache folder {folder.parent} cannot be made ({error}); set R3_CACHE to a writable folder"
         ) from error
     with _locked(folder.with_name(folder.name + ".lock")):
-        if not _complete(folder):  # another process may have built it while this one waited
+        if not is_built(folder):  # another process may have built it while this one waited
             _build(recipe, name, folder)
     return folder
-
-
-def _complete(folder: Path) -> bool:
-    return all((folder / file).is_file() for file in MODEL_FILES)
 
 
 @contextmanager

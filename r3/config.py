@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from r3._loading import apply_override, read_tree, validate
 from r3.errors import ConfigError
 
 _ENTRY_POINT = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 PACKAGED = Path(__file__).parent / "configs"
+# A bare text in the place of a section stands for this key of it.
+_SHORTHANDS = {"model": "path"}
 
 
 def _entry_point(value: object) -> object:
@@ -46,6 +48,12 @@ class RunConfig(Section):
     """GRPO steps."""
     eval_every: int = Field(20, ge=0)
     """Greedy evaluation on held-out prompts before step 1, every N steps and after the last; 0 switches it off."""
+    checkpoint_every: int = Field(20, ge=0)
+    """Save the run's state every N steps and after the last, for `--resume`; 0 switches it off."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept; older ones are deleted."""
+    deterministic: bool = False
+    """Repeatable to the bit on the same machines: deterministic kernels, and no prompt is reused between calls."""
 
 
 class ModelConfig(Section):
@@ -106,6 +114,8 @@ class RolloutConfig(Section):
     """Rollout actors, each with an engine of its own."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs per rollout actor; 0 runs the engine on the CPU."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Rollout actors on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Dtype of the engine's weights."""
     prompts_per_step: int = Field(32, ge=1)
@@ -181,6 +191,8 @@ class TrainerConfig(Section):
     """Trainer ranks: data parallel x the sizes below."""
     gpus_per_process: float = Field(0, ge=0)
     """GPUs per rank; 0 trains on the CPU over gloo."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Trainer ranks on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; bfloat16 keeps fp32 main parameters."""
     micro_batch_size: int = Field(64, ge=1)
@@ -329,20 +341,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        if self.replay.mode == "r3" and not self.routing.capture:
-            raise ValueError(
-                "replay.mode is r3, but routing.capture is false; capture the routing or set replay.mode: none"
-            )
-        if self.rollout.prompts_per_step % self.grpo.mini_steps:
-            raise ValueError(
-                f"rollout.prompts_per_step={self.rollout.prompts_per_step} is not divisible by "
-                f"grpo.mini_steps={self.grpo.mini_steps}"
-            )
-        if self.rollout.prompts_per_step < self.rollout.workers:
-            raise ValueError(
-                f"rollout.workers={self.rollout.workers} exceeds "
-                f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
-            )
+        """Each line of the error is a fault of its own and names, by their dotted paths, the keys that it is about."""
+        rollout, grpo = self.rollout, self.grpo
+        faults = {
+            "replay.mode is r3, but routing.capture is false; capture the routing or set replay.mode: none": (
+                self.replay.mode == "r3" and not self.routing.capture
+            ),
+            f"rollout.prompts_per_step={rollout.prompts_per_step} is not divisible by "
+            f"grpo.mini_steps={grpo.mini_steps}; each update takes an equal share of the prompts": (
+                rollout.prompts_per_step % grpo.mini_steps != 0
+            ),
+            f"rollout.workers={rollout.workers} exceeds rollout.prompts_per_step={rollout.prompts_per_step}; "
+            "lower the first or raise the second": rollout.prompts_per_step < rollout.workers,
+            "rollout.max_total_tokens is null, which needs rollout.gpus_per_worker > 0 to measure; name the KV slots": (
+                rollout.max_total_tokens is None and not rollout.gpus_per_worker
+            ),
+        }
+        if found := [text for text, applies in faults.items() if applies]:
+            raise ValueError("\n".join(found))
         return self
 
     def to_yaml(self) -> str:
@@ -351,18 +367,15 @@ class Config(Section):
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Load FILE, apply `key.path=value` overrides and check everything.
+    """Load FILE over the file that its `defaults` names, apply `key.path=value` overrides and check everything.
 
     FILE is a path, a name in `./configs`, or a name shipped with the package; None means all defaults. Raises
     `ConfigError` that lists every wrong key at once, with a suggestion for a misspelt one.
     """
-    data: dict[str, Any] = _read_yaml(find_config(file)) if file is not None else {}
+    tree = read_tree(find_config(file), find_config, _SHORTHANDS) if file is not None else {}
     for override in overrides:
-        _apply(data, override)
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, str(file) if file else "the configuration")) from None
+        apply_override(tree, override, _SHORTHANDS)
+    return validate(Config, tree, str(file) if file else "the configuration", [key for key, _, _ in describe()])
 
 
 def find_config(file: str | Path) -> Path:
@@ -372,7 +385,7 @@ def find_config(file: str | Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml"))
+    shipped = sorted(path.name for path in PACKAGED.glob("*.yaml") if path.name != "runtime_env.yaml")
     raise ConfigError(
         f"no config {str(file)!r}; looked in ., ./configs and the package, which ships {', '.join(shipped)}"
     )
@@ -386,61 +399,6 @@ def describe() -> Iterator[tuple[str, str, str]]:
         assert issubclass(model, Section)
         for name, field in model.model_fields.items():
             yield f"{section}.{name}", str(field.default), field.description or ""
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}; a mapping of sections is required")
-    return data
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, separator, raw = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key.path=value")
-    *sections, last = key.split(".")
-    node = data
-    for section in sections:
-        child = node.setdefault(section, {})
-        if isinstance(child, str) and section == "model":
-            child = node[section] = {"path": child}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {section} is {child!r}, not a section")
-        node = child
-    try:
-        node[last] = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{_suggest(item['loc'])}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(item["input"], Mapping | BaseModel) else f" (got {item['input']!r})"
-            lines.append(f"{key}: {message}{value}" if key else message)
-    return f"{source} has {len(lines)} error{'s' if len(lines) > 1 else ''}:\n" + "\n".join(
-        f"  {line}" for line in lines
-    )
-
-
-def _suggest(loc: tuple[int | str, ...]) -> str:
-    known = [key for key, _, _ in describe()] + list(Config.model_fields)
-    close = difflib.get_close_matches(".".join(map(str, loc)), known, n=1)
-    if not close:
-        same_name = [key for key in known if key.rpartition(".")[2] == str(loc[-1])]
-        close = same_name[:1]
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def run_directory(config: Config, stamp: str) -> Path:

@@ -5,6 +5,7 @@
         advantages    group-normalised rewards
         train         recompute old log-probs and update, both walking through the recorded experts
         push weights  the trainer's new weights become the engine's
+        checkpoint    every few steps, everything that a resumed run needs
 
 Everything heavy (tokens, log-probs, routing, weights) moves between actors by reference; the driver holds scalars.
 """
@@ -21,8 +22,9 @@ import numpy as np
 
 from r3 import metrics
 from r3.advantage import advantages
+from r3.checkpoint import Checkpoint, CheckpointStore, RunState
 from r3.config import Config
-from r3.errors import DivergenceError, EngineError
+from r3.errors import CheckpointError, DivergenceError, EngineError
 from r3.rollout.pool import Rollout, RolloutPool
 from r3.run import RunDirectory
 from r3.tasks import Task
@@ -39,17 +41,25 @@ class Actors:
     trainers: TrainerGroup
 
 
-def train(config: Config, task: Task, actors: Actors, run: RunDirectory, tracker: Tracker) -> None:
-    """Run the method of the module docstring for `run.steps` steps.
+def train(
+    config: Config,
+    task: Task,
+    actors: Actors,
+    run: RunDirectory,
+    tracker: Tracker,
+    checkpoint: Checkpoint | None = None,
+) -> None:
+    """Run the method of the module docstring up to step `run.steps`, from the start or from a checkpoint.
 
     Raises `RoutingError` for a record that cannot be trusted, `EngineError` for a dead engine or rank and
     `DivergenceError` when the mismatch or the gradient leaves its limits.
     """
     pool, trainers = actors.pool, actors.trainers
+    store = CheckpointStore(run.path, config.run.keep_checkpoints)
+    done, skipped = restore(checkpoint, actors) if checkpoint else (0, 0)
     prove(config, task, actors, run)
     heldout = [task.heldout_prompt(i) for i in range(config.task.eval_prompts)]
-    skipped = 0
-    for step in range(1, config.run.steps + 1):
+    for step in range(done + 1, config.run.steps + 1):
         clock = Clock()
         report: dict[str, float] = {}
         if evaluates(config, step):
@@ -66,6 +76,16 @@ def train(config: Config, task: Task, actors: Actors, run: RunDirectory, tracker
         run.write_status("running", step=step)
         skipped = skipped + 1 if result.metrics["train/skipped_steps"] else 0
         guard(config, step, report, skipped)
+        if saves(config, step):
+            state = RunState(
+                step=step,
+                weight_version=result.weight_version,
+                skipped=skipped,
+                ranks=config.trainer.processes,
+                seed=config.run.seed,
+                fingerprint=trainers.spec().fingerprint,
+            )
+            run.log_event("checkpoint", step=step, path=str(store.save(state, trainers.save_state)))
     if config.run.eval_every:
         final = {"eval/reward_mean": float(np.mean(pool.evaluate(heldout)))}
         run.log_event("final_evaluation", prompts=len(heldout), **final)
@@ -107,6 +127,25 @@ def check_canary(config: Config, found: Mapping[str, float]) -> None:
     for fault, is_found in faults.items():
         if is_found:
             raise EngineError(f"the start-up canary failed: {fault}; engine and trainer do not run the same model")
+
+
+def restore(checkpoint: Checkpoint, actors: Actors) -> tuple[int, int]:
+    """Give the ranks their saved state and the engines the ranks' weights; return completed and skipped steps."""
+    state = checkpoint.state
+    found, model = actors.pool.spec().model.fingerprint, state.fingerprint
+    if found != model:
+        raise CheckpointError(f"{checkpoint.path} is of model {model}, model.path holds {found}")
+    version = actors.trainers.load_state(checkpoint.path)
+    if version != state.weight_version:
+        raise CheckpointError(f"{checkpoint.path}: the ranks hold weights {version}, not {state.weight_version}")
+    actors.pool.load_weights(actors.trainers.export())
+    return state.step, state.skipped
+
+
+def saves(config: Config, step: int) -> bool:
+    """Tell whether this step (1-based) ends with a checkpoint: every `run.checkpoint_every`, and the last."""
+    every = config.run.checkpoint_every
+    return every > 0 and (step % every == 0 or step == config.run.steps)
 
 
 def training_prompts(config: Config, task: Task, step: int) -> list[Prompt]:

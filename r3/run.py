@@ -1,37 +1,75 @@
-"""The directory of one run: what is written there, and when."""
+"""The directory of one run: what is written there, and when, and what a resumed run finds."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r3.config import Config
-from r3.errors import ConfigError
+from r3.checkpoint import FOLDER, LOCK, replace_text
+from r3.config import Config, load_config
+from r3.errors import CheckpointError, ConfigError
+
+RESOLVED = "config.resolved.yaml"
+# What a run writes, and so what `--overwrite` deletes; anything else in the directory is the user's.
+_OWN = (RESOLVED, "metrics.jsonl", "events.jsonl", "status.json", "curves.png", "hf", "wandb", "report.html", FOLDER)
+# What a saved state depends on: another value makes it the state of another run.
+_FIXED = ("model.path", "trainer.processes", "trainer.dtype", "run.seed")
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """`config.resolved.yaml`, `metrics.jsonl`, `events.jsonl`, `status.json`, `curves.png` and `hf/` of one run."""
+    """`config.resolved.yaml`, `metrics.jsonl`, `events.jsonl`, `status.json`, `curves.png` and `hf/` of one run.
+
+    The caller holds `r3.checkpoint.run_lock` for as long as it writes.
+    """
 
     path: Path
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> RunDirectory:
-        """Make the directory and write the resolved config; raise `ConfigError` when it already holds something."""
+    def create(cls, path: Path, config: Config, *, overwrite: bool = False) -> RunDirectory:
+        """Make the directory and write the resolved config; raise `ConfigError` when it already holds something.
+
+        `overwrite` deletes what an earlier run wrote there, and nothing else.
+        """
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.dir={path} cannot be made: {error.strerror}") from error
-        if any(path.iterdir()):
-            raise ConfigError(f"run.dir={path} is not empty; a run is never overwritten, choose another run.dir")
+        found = {entry.name for entry in path.iterdir()} - {LOCK}
+        if found and not overwrite:
+            raise ConfigError(
+                f"run.dir={path} is not empty; go on with --resume {path}, delete what is there with --overwrite, or "
+                "choose another run.dir"
+            )
+        for name in found.intersection(_OWN):
+            own = path / name
+            shutil.rmtree(own) if own.is_dir() else own.unlink()
         run = cls(path)
-        (path / "config.resolved.yaml").write_text(config.to_yaml())
+        (path / RESOLVED).write_text(config.to_yaml())
         run.write_status("starting")
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, config: Config, step: int) -> RunDirectory:
+        """Go back to the end of `step` in an existing run: later metrics are dropped, the changed keys are recorded.
+
+        Raises `CheckpointError` for a changed key that the saved state depends on.
+        """
+        changed = changed_keys(load_config(path / RESOLVED), config)
+        refused = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items() if key in _FIXED]
+        if refused:
+            raise CheckpointError(f"{path} cannot be resumed with another {'; '.join(refused)}; start a new run")
+        run = cls(path)
+        _keep_until(run.metrics, step)
+        replace_text(path / RESOLVED, config.to_yaml())
+        run.log_event("resumed", step=step, changed={key: list(values) for key, values in changed.items()})
+        run.write_status("starting", resumed_from=step)
         return run
 
     @property
@@ -73,9 +111,30 @@ class RunDirectory:
         os.replace(part, self.path / "status.json")
 
 
+def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Return `key: (before, after)` of every key that differs, `run.dir` aside."""
+    old, new = (config.model_dump(mode="json") for config in (before, after))
+    return {
+        f"{section}.{key}": (values.get(key), new[section][key])
+        for section, values in old.items()
+        for key in new[section]
+        if values.get(key) != new[section][key] and (section, key) != ("run", "dir")
+    }
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a `.jsonl` file."""
     return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the rows after `step`, and what a killed process left of its last line."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    replace_text(path, "".join(kept))
 
 
 def _append(path: Path, row: Mapping[str, object]) -> None:

@@ -97,6 +97,10 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeF
     )
     torch.manual_seed(recipe.seed)
     model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        # transformers leaves the padding row zero. A policy may sample that token, and the norm behind the embedding
+        # multiplies the gradient of a zero row by 1000: single steps with a gradient norm of hundreds were seen.
+        model.model.embed_tokens.weight[tokenizer.pad_token_id].normal_(0.0, config.initializer_range)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

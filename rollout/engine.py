@@ -38,13 +38,18 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample. There is no top-p, top-k, min-p or penalty: the recorded log-probs must be those of the whole
-    distribution at `temperature`. `greedy` takes the likeliest token and reports log-probs at temperature 1."""
+    distribution at `temperature`. `greedy` takes the likeliest token and reports log-probs at temperature 1.
+
+    `seed` (32 bits) restarts the engine's random numbers where it can, so that a resumed run draws what an
+    uninterrupted one would; under `run.deterministic` equal weights, requests and seed give equal answers.
+    """
 
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...] = ()
     greedy: bool = False
     ignore_eos: bool = False
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

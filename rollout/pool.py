@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r3.config import Config
 from r3.errors import EngineError, R3Error
@@ -104,14 +106,20 @@ class RolloutPool:
     """All rollout workers of a run; a context manager that stops them."""
 
     def __init__(
-        self, config: Config, model_dir: str | Path, on_event: Callable[..., None] = lambda kind, **facts: None
+        self,
+        config: Config,
+        model_dir: str | Path,
+        on_event: Callable[..., None] = lambda kind, **facts: None,
+        place: PlacementGroup | None = None,
     ) -> None:
         """Start every worker; `on_event(kind, **facts)` is told of deaths, replacements and dropped samples.
 
+        `place` has a bundle per worker (`r3.cluster.Places`); without it Ray chooses.
         Raises `EngineError` when one does not start in `rollout.start_timeout_s`, and what its engine raised.
         """
         self._config = config
         self._model_dir = str(model_dir)
+        self._place = place
         self._on_event = on_event
         self._failures = 0
         self._weights: ObjectRef | None = None
@@ -148,7 +156,7 @@ class RolloutPool:
         """
         size = self._config.grpo.group_size
         jobs = [
-            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size), returns=2)
+            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size, step), returns=2)
             for worker, (begin, end) in enumerate(_shares(len(prompts), len(self._actors)))
             if end > begin
         ]
@@ -276,7 +284,12 @@ class RolloutPool:
 
     def _new_actor(self, index: int) -> ActorHandle:
         options = ray.remote(Actor).options(
-            name=None, num_cpus=1, num_gpus=self._config.rollout.gpus_per_worker, max_restarts=0, max_task_retries=0
+            name=None,
+            num_cpus=1,
+            num_gpus=self._config.rollout.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, index) if self._place else None,
         )
         return options.remote(self._config, self._model_dir, index)
 

@@ -58,16 +58,20 @@ class RolloutWorker:
         """Describe the running engine."""
         return self._spec
 
-    def generate(self, prompts: Sequence[Prompt], first_group: int, group_size: int) -> tuple[RolloutReport, Batch]:
+    def generate(
+        self, prompts: Sequence[Prompt], first_group: int, group_size: int, step: int = 0
+    ) -> tuple[RolloutReport, Batch]:
         """Answer every prompt `group_size` times; prompt i is group `first_group + i`.
 
+        The engine's random numbers are a function of `run.seed`, `step` and `first_group`, not of what came before.
         The batch holds the samples group by group, in order of their member number. Raises `RoutingError` for a bad
         record unless `routing.on_error` drops the sample, and for a layer that was not captured.
         """
         capture = self._config.routing.capture
         samples = self._samples(prompts, first_group, group_size)
         begin = time.perf_counter()
-        found = self._engine.generate([s.request for s in samples], self._training_sampling(), capture=capture)
+        sampling = self._training_sampling(_seed(self._config.run.seed, step, first_group))
+        found = self._engine.generate([s.request for s in samples], sampling, capture=capture)
         generated = time.perf_counter()
         kept, dropped = self._sort(samples, found, capture)
         rewards = [self._score(sample.prompt, answer) for sample, answer in kept]
@@ -122,9 +126,9 @@ class RolloutWorker:
         """Stop the engine."""
         self._engine.close()
 
-    def _training_sampling(self) -> Sampling:
+    def _training_sampling(self, seed: int) -> Sampling:
         rollout = self._config.rollout
-        return Sampling(rollout.temperature, rollout.max_new_tokens, self._stops)
+        return Sampling(rollout.temperature, rollout.max_new_tokens, self._stops, seed=seed)
 
     def _greedy_sampling(self) -> Sampling:
         return Sampling(1.0, self._config.rollout.max_new_tokens, self._stops, greedy=True)
@@ -213,6 +217,11 @@ def compare(cold: Sequence[Generation], warm: Sequence[Generation]) -> CanaryRep
         equal_rows=float(np.mean(np.concatenate(pairs))) if pairs else 1.0,
         cached_tokens=sum(answer.cached_tokens for answer in warm),
     )
+
+
+def _seed(*parts: int) -> int:
+    """Return 32 well-mixed bits of the parts."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _load_tokenizer(model_dir: str) -> Any:

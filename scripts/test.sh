@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs everything into .venv (a few minutes the first time), then runs every gate: style, types, import layers, tests.
+# Installs everything into .venv (a few minutes the first time), then runs every gate: style, types, import layers, docs, tests.
 #
 #   scripts/test.sh                    all gates
 #   scripts/test.sh tests/unit         gates, and only these tests (arguments go to pytest)
@@ -28,4 +28,6 @@ gate ruff check .
 gate ruff format --check .
 gate mypy -p r3
 layers
+# mkdocs-material announces its successor on every build.
+NO_MKDOCS_2_WARNING=1 gate mkdocs build --strict --quiet
 gate pytest -m "not slow and not gpu" "$@"

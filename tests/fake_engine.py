@@ -23,7 +23,8 @@ class FakeEngine:
 
     Faults, in `rollout.engine_args`: `die_in` (a method name) with `die_once` (a file that is made by the first death,
     so that only one worker dies once) or with `die_index` (that worker dies every time); `hang_in`; `refuse_start`;
-    `bad_every` (every n-th record is malformed); `abort_every`; `constant_layer`; `stale_cache`.
+    `bad_every` (every n-th record is malformed); `abort_every`; `constant_layer`; `stale_cache`; `capture_off`
+    (the engine runs without capture, whatever the config says).
     """
 
     def __init__(self, config: Config, model_dir: str | Path, index: int) -> None:
@@ -38,7 +39,7 @@ class FakeEngine:
         self._fault("start")
 
     def spec(self) -> EngineSpec:
-        return EngineSpec(self._model, "fake 1", self._capture, "float32")
+        return EngineSpec(self._model, "fake 1", self._capture and "capture_off" not in self._faults, "float32")
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
         self._fault("evaluate" if sampling.greedy and not capture else "generate")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import multiprocessing as mp
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from r3.config import TrainerConfig
+
 TIMEOUT_S = 300.0
+# In a rank: the store that all ranks share, and a name per rendezvous.
+_shared: list[Any] = []
+_meetings = itertools.count()
 
 
 class GlooPool:
@@ -72,6 +80,32 @@ class GlooPool:
         return value
 
 
+@contextmanager
+def arranged(layout: TrainerConfig) -> Iterator[None]:
+    """Give the joined ranks another layout for a while; collective. Data parallel alone comes back behind it.
+
+    The process groups are made anew each time: those of a layout that is gone would keep their threads, hundreds of
+    them after a few dozen layouts.
+    """
+    _rejoin(layout)
+    try:
+        yield
+    finally:
+        _rejoin(None)
+
+
+def _rejoin(layout: TrainerConfig | None) -> None:
+    import torch.distributed as dist
+
+    from r3.trainer import parallel
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parallel.leave()
+    gc.collect()
+    store = dist.PrefixStore(f"meeting-{next(_meetings)}", _shared[0]) if world > 1 else dist.HashStore()
+    parallel.join(store, rank, world, seed=0, timeout_s=TIMEOUT_S, layout=layout)
+
+
 def _serve(rank: int, world: int, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
@@ -85,7 +119,9 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
         store, _ = parallel.open_store(world)
         pipe.send(("value", ("127.0.0.1", store.port)))
     host, port = pipe.recv()
-    parallel.join(store or dist.TCPStore(host, port, world, is_master=False), rank, world, seed=0, timeout_s=TIMEOUT_S)
+    store = store or dist.TCPStore(host, port, world, is_master=False)
+    _shared.append(store)
+    parallel.join(store, rank, world, seed=0, timeout_s=TIMEOUT_S)
     pipe.send(("value", None))
     while True:
         try:

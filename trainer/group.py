@@ -12,9 +12,12 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from r3.checkpoint import FileRecord
 from r3.config import Config
-from r3.errors import EngineError, R3Error
+from r3.errors import CheckpointError, EngineError, R3Error
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
@@ -33,6 +36,9 @@ class TrainerRank:
         if config.trainer.gpus_per_process == 0:
             # Read once, when torch loads.
             os.environ["OMP_NUM_THREADS"] = "1"
+        elif config.run.deterministic:
+            # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         from r3.trainer.worker import TrainerWorker
 
         self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)
@@ -70,6 +76,14 @@ class TrainerRank:
         """See `TrainerWorker`."""
         self._worker.save_hf(directory)
 
+    def save_state(self, directory: str) -> FileRecord:
+        """See `TrainerWorker`."""
+        return self._worker.save_state(directory)
+
+    def load_state(self, directory: str) -> int:
+        """See `TrainerWorker`."""
+        return self._worker.load_state(directory)
+
 
 class TrainerGroup:
     """All trainer ranks of a run; a context manager.
@@ -80,12 +94,22 @@ class TrainerGroup:
     stand at the same place.
     """
 
-    def __init__(self, config: Config, model_dir: str | Path) -> None:
+    def __init__(self, config: Config, model_dir: str | Path, place: PlacementGroup | None = None) -> None:
+        """Start every rank, in its bundle of `place` (`r3.cluster.Places`) or, without one, where Ray chooses."""
         trainer = config.trainer
         self._timeout = trainer.timeout_s
-        actor = ray.remote(TrainerRank).options(num_cpus=1, num_gpus=trainer.gpus_per_process, max_restarts=0)
         world = trainer.processes
-        self._ranks = [actor.remote(config, str(model_dir), rank, world) for rank in range(world)]
+        self._ranks = [
+            ray.remote(TrainerRank)
+            .options(
+                num_cpus=1,
+                num_gpus=trainer.gpus_per_process,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, rank) if place else None,
+            )
+            .remote(config, str(model_dir), rank, world)
+            for rank in range(world)
+        ]
         limit = time.monotonic() + trainer.start_timeout_s
         try:
             self._spec = self._wait([rank.start.remote() for rank in self._ranks], "start", limit)[0]
@@ -129,6 +153,17 @@ class TrainerGroup:
     def save_hf(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face checkpoint directory."""
         self._all("save_hf", str(directory))
+
+    def save_state(self, directory: str | Path) -> list[FileRecord]:
+        """Let every rank write its state into a directory that all of them see; return the files, synchronised."""
+        return self._all("save_state", str(directory))
+
+    def load_state(self, directory: str | Path) -> int:
+        """Let every rank go on from its saved state; return the weight version."""
+        versions: list[int] = self._all("load_state", str(directory))
+        if len(set(versions)) > 1:
+            raise CheckpointError(f"{directory}: the ranks hold weight versions {versions}")
+        return versions[0]
 
     def close(self) -> None:
         """End all ranks; harmless when some are dead already."""

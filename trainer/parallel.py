@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,19 +49,16 @@ def join(
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s))
-    _initialize(layout or TrainerConfig(processes=world))
+    layout = layout or TrainerConfig(processes=world)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context_parallel,
+        expert_model_parallel_size=layout.expert_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor,
+    )
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-@contextmanager
-def arranged(layout: TrainerConfig, seed: int = 0) -> Iterator[None]:
-    """Give the joined ranks another layout for a while; collective. Data parallel alone comes back behind it."""
-    _initialize(layout)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    try:
-        yield
-    finally:
-        _initialize(TrainerConfig(processes=dist.get_world_size()))
 
 
 def leave() -> None:
@@ -119,19 +114,6 @@ def any_over_stages(flags: torch.Tensor) -> torch.Tensor:
 def device() -> torch.device:
     """Return this rank's device: the GPU that it was given, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _initialize(layout: TrainerConfig) -> None:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_parallel,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        context_parallel_size=layout.context_parallel,
-        expert_model_parallel_size=layout.expert_parallel,
-        expert_tensor_parallel_size=layout.expert_tensor,
-    )
 
 
 def _own_address() -> str:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.metrics import RouterCounts
+from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import PackedSeqParams, finalize_model_grads, get_forward_backward_func, parallel_state
-from r3.trainer.model import Architecture, require_layout
 from r3.trainer.parallel import device, place
 from r3.trainer.replay import MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
@@ -83,7 +83,7 @@ class Policy:
         self.chunks = build_ddp(config, arch, self._layout, directory)
         self.replay = ReplayContext(self.chunks, arch.spec)
         self.optimizer = build_optimizer(config, self.chunks)
-        self._schedule = build_schedule(config, self.optimizer, updates)
+        self.schedule = build_schedule(config, self.optimizer, updates)
         self._layout.finalize_model_grads_func = finalize_model_grads
         self._layout.grad_scale_func = self.optimizer.scale_loss
         self._reference = build_reference(config, arch, directory) if config.grpo.kl_coef > 0 else None
@@ -134,7 +134,7 @@ class Policy:
         grad_norm = None
         if self.gradients_finite():
             # Before the update: the scheduler starts at 0, so the other order would waste the first update.
-            self._schedule.step(increment=1)
+            self.schedule.step(increment=1)
             _, grad_norm, _ = self.optimizer.step()
         lr = float(self.optimizer.param_groups[0]["lr"])
         return Update(sums, None if grad_norm is None else float(grad_norm), lr, counts, replay_s)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from r3 import metrics
+from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.trainer import parallel
@@ -27,6 +28,7 @@ from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
 from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
+from r3.trainer.state import load_state, save_state
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
@@ -87,6 +89,7 @@ class TrainerWorker:
         store = self._store or dist.TCPStore(host, port, self._world, is_master=False)
         layout = self._config.trainer
         parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit, layout=layout)
+        torch.use_deterministic_algorithms(self._config.run.deterministic)
         self.policy = Policy(self._config, self._arch, self._directory, self._updates)
 
     def close(self) -> None:
@@ -186,6 +189,18 @@ class TrainerWorker:
         for _ in weights:
             # The other ranks send their parts; on rank 0 nothing is left.
             pass
+
+    def save_state(self, directory: str) -> FileRecord:
+        """Write everything that this rank needs to go on from here; raise `CheckpointError` if that fails."""
+        return save_state(self.policy, self._version, self._state_file(directory))
+
+    def load_state(self, directory: str) -> int:
+        """Go on from a saved state and return its weight version; raise `CheckpointError` where it does not fit."""
+        self._version = load_state(self.policy, self._state_file(directory))
+        return self._version
+
+    def _state_file(self, directory: str) -> Path:
+        return Path(directory) / f"rank-{self._rank:05d}.pt"
 
     def _prepare(self, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, mini_steps: int) -> _Share:
         begin = time.perf_counter()

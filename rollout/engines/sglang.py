@@ -64,6 +64,11 @@ class SglangEngine:
         if not requests:
             return []
         prompts = [request.tokens.tolist() for request in requests]
+        if self._config.run.deterministic:
+            # Which part of a prompt is computed and which comes from the cache decides the order of sums.
+            self.flush_cache()
+        if sampling.seed is not None and hasattr(self._engine, "reseed"):
+            self._engine.reseed(sampling.seed)
         self._warm_cache(prompts)
         outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture)
         if len(outputs) != len(requests):
@@ -120,7 +125,7 @@ class SglangEngine:
     def _call(self, prompts: Sequence[list[int]], sampling: Sampling, **options: bool) -> list[dict[str, Any]]:
         try:
             outputs: list[dict[str, Any]] = self._engine.generate(
-                input_ids=prompts, sampling_params=_sampling_params(sampling), **options
+                input_ids=prompts, sampling_params=_sampling_params(sampling, len(prompts)), **options
             )
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"{self._name} refused {len(prompts)} requests: {error}") from error
@@ -263,9 +268,16 @@ def _cpu_engine() -> tuple[Any, str]:
     return CpuEngine, sglang.__version__
 
 
-def _sampling_params(sampling: Sampling) -> dict[str, Any]:
-    """Every parameter that shapes the distribution is sent, because a checkpoint's generation_config may set others."""
-    return {
+def _sampling_params(sampling: Sampling, requests: int) -> list[dict[str, Any]]:
+    """Every parameter that shapes the distribution is sent, because a checkpoint's generation_config may set others.
+
+    `sampling_seed` is read under `enable_deterministic_inference` alone, which `run.deterministic` sets on a GPU.
+    """
+    seeds: list[dict[str, int]] = [{}] * requests
+    if sampling.seed is not None:
+        words = np.random.SeedSequence(sampling.seed).generate_state(requests)
+        seeds = [{"sampling_seed": int(word)} for word in words]
+    common = {
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
@@ -279,6 +291,7 @@ def _sampling_params(sampling: Sampling) -> dict[str, Any]:
         "repetition_penalty": 1.0,
         "min_new_tokens": 0,
     }
+    return [common | seed for seed in seeds]
 
 
 def _serialise(bucket: WeightBucket, ranks: int) -> list[bytes]:

@@ -150,7 +150,7 @@ def engine_kwargs(config: Config, model_dir: str, index: int) -> dict[str, Any]:
     }
     if rollout.max_total_tokens is not None:
         common["max_total_tokens"] = rollout.max_total_tokens
-    specific = _gpu_kwargs(config) if rollout.gpus_per_worker else _cpu_kwargs(config)
+    specific = _gpu_kwargs(config) if rollout.gpus_per_worker else _cpu_kwargs()
     return common | specific | dict(rollout.engine_args)
 
 
@@ -159,12 +159,11 @@ def _gpu_kwargs(config: Config) -> dict[str, Any]:
         "mem_fraction_static": config.rollout.mem_fraction,
         "moe_runner_backend": "triton",
         "tp_size": max(1, math.ceil(config.rollout.gpus_per_worker)),
+        "enable_deterministic_inference": config.run.deterministic,
     }
 
 
-def _cpu_kwargs(config: Config) -> dict[str, Any]:
-    if config.rollout.max_total_tokens is None:
-        raise ConfigError("rollout.max_total_tokens is null, which needs a GPU to measure; name the KV slots")
+def _cpu_kwargs() -> dict[str, Any]:
     return {
         "device": "cpu",
         "mem_fraction_static": 0.1,  # max_total_tokens sizes the KV pool

@@ -17,9 +17,17 @@ from sglang.srt.entrypoints.engine import Engine  # noqa: E402  (needs the stand
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> None:
     """Run SGLang's scheduler in a process that has the stand-ins."""
-    from sglang.srt.managers.scheduler import run_scheduler_process as run
+    from sglang.srt.managers import scheduler
 
-    run(*args, **kwargs)
+    scheduler.Scheduler.reseed = reseed
+    scheduler.run_scheduler_process(*args, **kwargs)
+
+
+def reseed(self: Any, seed: int) -> None:
+    """Restart the sampler's random numbers; the scheduler's method that `CpuEngine.reseed` calls."""
+    import torch
+
+    torch.manual_seed(seed)
 
 
 def run_detokenizer_process(*args: Any, **kwargs: Any) -> None:
@@ -39,6 +47,14 @@ class CpuEngine(Engine):
         super().__init__(**arguments)
         # SGLang's CPU platform collects garbage on every cache flush: 0.4 s over imported modules, 2 ms without them.
         self.freeze_gc()
+
+    def reseed(self, seed: int) -> None:
+        """Restart the sampler's random numbers.
+
+        SGLang's own way, a `sampling_seed` per request under `enable_deterministic_inference`, is not for this
+        platform: it needs Triton for its matrix products and sgl_kernel for its hash.
+        """
+        self.collective_rpc("reseed", seed=seed)
 
     @classmethod
     def _launch_detokenizer_subprocesses(

@@ -82,6 +82,23 @@ def test_the_checkpoints_own_sampling_defaults_do_not_reach_the_rollout(sglang_w
     assert len({int(answer.tokens[answer.prompt_len]) for answer in answers}) > 10
 
 
+def test_equal_seeds_give_equal_answers_whatever_was_sampled_between(sglang_worker: Worker) -> None:
+    prompts = requests(8, seed=4) * 8
+
+    def answers(seed: int) -> list[Generation]:
+        sglang_worker("engine", "flush_cache")
+        return generate(sglang_worker, prompts, seed=seed)
+
+    first, _, again, other = answers(5), generate(sglang_worker, prompts[:3]), answers(5), answers(6)
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert a.routing is not None
+        assert b.routing is not None
+        np.testing.assert_array_equal(a.routing.experts, b.routing.experts)
+    assert any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
+
+
 def test_answers_end_with_their_stop_token_and_say_so(sglang_worker: Worker) -> None:
     answers = generate(sglang_worker, requests(1, seed=3) * 256)
 

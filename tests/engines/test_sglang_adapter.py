@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r3.config import Config
+from r3.config import Config, RunConfig
 from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import Generation, Request, Sampling
 from r3.rollout.engines import sglang
@@ -28,14 +29,14 @@ class StubEngine:
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
-        self.sampling_params: dict[str, Any] = {}
+        self.sampling_params: list[dict[str, Any]] = []
         self.prompts: list[list[list[int]]] = []
         self.meta: dict[str, Any] = {}
         self.refused_flushes = 0
         self.begin: tuple[bool, str] = (True, "Success")
 
     def generate(
-        self, input_ids: list[list[int]], sampling_params: dict[str, Any], **options: Any
+        self, input_ids: list[list[int]], sampling_params: list[dict[str, Any]], **options: Any
     ) -> list[dict[str, Any]]:
         self.sampling_params = sampling_params
         self.prompts.append(input_ids)
@@ -102,9 +103,23 @@ def test_capture_that_is_off_at_the_engine_is_a_defect(adapter: sglang.SglangEng
 def test_every_parameter_that_shapes_the_distribution_is_neutral(adapter: sglang.SglangEngine) -> None:
     answer(adapter)
 
-    sent = stub(adapter).sampling_params
+    (sent,) = stub(adapter).sampling_params
     assert (sent["top_p"], sent["top_k"], sent["min_p"], sent["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
     assert (sent["frequency_penalty"], sent["presence_penalty"], sent["min_new_tokens"], sent["n"]) == (0.0, 0.0, 0, 1)
+
+
+def test_a_seed_restarts_the_cpu_engine_and_gives_each_request_its_own(adapter: sglang.SglangEngine) -> None:
+    seeded = replace(SAMPLING, seed=7)
+    restarts: list[int] = []
+    stub(adapter).reseed = restarts.append  # type: ignore[attr-defined]
+    sent = []
+    for sampling in (seeded, seeded, replace(SAMPLING, seed=8), SAMPLING):
+        adapter.generate([REQUEST, REQUEST], sampling, capture=False)
+        sent.append([one.get("sampling_seed") for one in stub(adapter).sampling_params])
+    assert restarts == [7, 7, 8]
+    assert sent[0] == sent[1]
+    assert len({*sent[0], *sent[2]}) == 4
+    assert sent[3] == [None, None]
 
 
 def test_prompts_that_repeat_are_computed_once_before_their_samples(adapter: sglang.SglangEngine) -> None:
@@ -242,10 +257,12 @@ def test_arguments_of_cpu_and_gpu_engines() -> None:
     assert on_cpu["enable_return_routed_experts"]
     assert (on_gpu["tp_size"], on_gpu["moe_runner_backend"], on_gpu["attention_backend"]) == (2, "triton", "fa3")
     assert on_gpu["mem_fraction_static"] == 0.5
+    assert not on_gpu["enable_deterministic_inference"]
+    assert engine_kwargs(gpu.model_copy(update={"run": RunConfig(deterministic=True)}), "/model", 0)[
+        "enable_deterministic_inference"
+    ]
     assert "device" not in on_gpu
     assert "max_total_tokens" not in on_gpu
-    with pytest.raises(ConfigError, match="max_total_tokens is null"):
-        engine_kwargs(Config.model_validate({"rollout": {"max_total_tokens": None}}), "/model", 0)
 
 
 def test_an_engine_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,10 @@ from r3.trainer import batching, replay
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step
 from r3.trainer.convert import export_weights
 from r3.trainer.model import Architecture
-from r3.trainer.parallel import arranged, sum_over_ranks
+from r3.trainer.parallel import sum_over_ranks
 from r3.trainer.policy import Policy, RoutingUse
 from r3.types import Batch
+from tests.gloo_pool import arranged
 from tests.megatron.toys import make_advantages, make_config
 
 Tensors = dict[str, NDArray[np.float32]]

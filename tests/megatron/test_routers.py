@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from r3.errors import ConfigError
 from r3.trainer import build
+from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, microbatch
-from r3.trainer.model import Architecture, require_layout, transformer_config
+from r3.trainer.model import transformer_config
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.replay import ReplayRouter, router_order
 from tests.megatron.test_replay import accumulate, assert_same, make_policy

@@ -95,6 +95,14 @@ def test_every_tensor_is_in_the_file_and_loads_without_complaint(random_model: P
     assert stop == model.config.eos_token_id
 
 
+def test_no_token_has_an_empty_embedding(random_model: Path) -> None:
+    from safetensors.torch import load_file
+
+    norms = load_file(random_model / "model.safetensors")["model.embed_tokens.weight"].norm(dim=1)
+
+    assert norms.min() > 0.3 * norms.mean(), f"token {int(norms.argmin())}: the norm behind it blows up its gradient"
+
+
 def test_tokenizer_keeps_letters_apart_and_merges_the_template(random_model: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -12,7 +12,8 @@ import yaml
 from r3.config import Config, describe, find_config, load_config, run_directory
 from r3.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+# `runtime_env.yaml` configures a Ray job, not a run.
+CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("*.yaml") if p.name != "runtime_env.yaml")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -138,3 +139,67 @@ def test_help_and_dry_run_import_nothing_heavy():
 
 def load_config_text(text):
     return Config.model_validate(yaml.safe_load(text))
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def test_defaults_are_another_file_under_this_one(tmp_path):
+    write(
+        tmp_path,
+        base="model: some/dir\ntrainer: {lr: 1.0e-5, clip_grad: 2}\ntask: {args: {a: 1, b: 2}}",
+        mine="defaults: base.yaml\ntrainer: {lr: 1.0e-6}\nmodel: {warm_start_reward: 0}\ntask: {args: {c: 3}}",
+    )
+    config = load_config(tmp_path / "mine.yaml", ["trainer.clip_grad=3"])
+    assert (config.trainer.lr, config.trainer.clip_grad) == (1e-6, 3)
+    assert (config.model.path, config.model.warm_start_reward) == ("some/dir", 0)
+    assert config.task.args == {"c": 3}, "a key replaces the key, whatever it holds"
+
+
+def test_defaults_are_looked_up_beside_the_file_then_as_config_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner", mine="defaults: base.yaml", shipped="defaults: grpo_qwen3moe\nrun: {steps: 3}")
+    write(tmp_path, base="run: {steps: 4}")
+    assert load_config("inner/mine.yaml").run.steps == 4
+    write(tmp_path / "inner", base="run: {steps: 5}")
+    assert load_config("inner/mine.yaml").run.steps == 5
+    shipped = load_config("inner/shipped.yaml")
+    assert (shipped.run.steps, shipped.trainer) == (3, load_config("grpo_qwen3moe").trainer)
+
+
+@pytest.mark.parametrize(
+    ("mine", "message"),
+    [
+        ("defaults: [base.yaml]", r"defaults is \['base.yaml'\]; name one other config file"),
+        ("defaults: nothing.yaml", r"no config 'nothing\.yaml'"),
+        ("defaults: nested.yaml", r"nested\.yaml, which has defaults of its own \('base\.yaml'\)"),
+        ("defaults: mine.yaml", "one level is allowed"),
+    ],
+)
+def test_defaults_that_cannot_be_are_refused(tmp_path, mine, message):
+    write(tmp_path, base="", nested="defaults: base.yaml", mine=mine)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages", "absent"),
+    [
+        (["trainer.lrr=1", "grpo.mini_steps=5"], ["2 errors", "trainer.lrr", "divisible"], []),
+        (["rollout.top_p=0.5", "rollout.workers=33"], ["2 errors", "rollout.top_p=0.5", "rollout.workers=33"], []),
+        (["task.kind=jsonl", "routing.capture=false"], ["2 errors", "task.path", "routing.capture"], []),
+        # The check behind a wrong value would speak of the default in its place.
+        (["replay.mode=maybe", "routing.capture=false"], ["1 error:", "replay.mode"], ["capture"]),
+        (["task.path=[]", "task.kind=jsonl"], ["1 error:", "task.path"], ["not set"]),
+        (["grpo=3", "rollout.workers=33"], ["2 errors", "grpo:", "rollout.workers=33"], []),
+    ],
+)
+def test_checks_across_keys_are_in_the_same_report(overrides, messages, absent):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    assert not [text for text in messages if text not in str(caught.value)], str(caught.value)
+    assert not [text for text in absent if text in str(caught.value)], str(caught.value)

@@ -1,0 +1,203 @@
+"""What a run will need: bytes of weights, optimizer, KV, routing and object store, from the headers of files."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from r3.builtin import PREFIX, Recipe, is_built, plan_model
+from r3.config import Config
+from r3.errors import ConfigError
+from r3.trainer.architecture import Architecture
+from r3.types import ModelSpec
+
+# Prompt lengths are not known before a tokenizer is loaded; sizes that depend on them are given for this many tokens.
+PROMPT_TOKENS = 512
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A token id (int32) and its log-prob (float32).
+_TOKEN_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """The facts of a checkpoint that decide memory; `directory` is None for a built-in model that is not made yet."""
+
+    arch: Architecture
+    parameters: int
+    directory: Path | None
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The part of the architecture that engine and trainer must agree on."""
+        return self.arch.spec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes that a run will take. Per trainer rank, per rollout worker, per step, and for the object store of Ray.
+
+    `kv` and `capture` are None where the engine sizes its KV pool itself. `object_store` holds the weights of two
+    steps, because the old ones are let go only once the new ones are there, and one step's batch.
+    """
+
+    parameters: int
+    trainer_weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    engine_weights: int
+    kv: int | None
+    capture: int | None
+    routing_per_token: int
+    samples_per_step: int
+    tokens_per_step: int
+    routing_per_step: int
+    object_store: int
+
+    @property
+    def trainer(self) -> int:
+        """Bytes of one trainer rank, activations aside."""
+        return self.trainer_weights + self.gradients + self.optimizer + self.reference
+
+
+def model_size(config: Config) -> ModelSize:
+    """Read the facts of the run's model; raise `ConfigError` for one that is not there or not complete."""
+    name, model = config.model.path, config.model
+    if not name.startswith(PREFIX):
+        return _size_of_directory(Path(name).expanduser().absolute())
+    recipe, folder = plan_model(name, target_reward=model.warm_start_reward, seed=config.run.seed)
+    return _size_of_directory(folder) if is_built(folder) else _size_of_recipe(recipe)
+
+
+def plan(config: Config, size: ModelSize) -> Plan:
+    """Return the memory that a run of this config will take with this model."""
+    trainer, rollout, count = config.trainer, config.rollout, size.parameters
+    held, updated = rank_parameters(config, size)
+    compute, engine = _BYTES[trainer.dtype], _BYTES[rollout.dtype]
+    slots = rollout.max_total_tokens
+    samples = rollout.prompts_per_step * config.grpo.group_size
+    tokens = samples * (PROMPT_TOKENS + rollout.max_new_tokens)
+    routing = size.spec.routing_bytes(tokens) if config.routing.capture else 0
+    return Plan(
+        parameters=count,
+        trainer_weights=compute * held,
+        # Megatron's DDP reduces gradients in fp32; AdamW keeps two fp32 moments, and fp32 weights beside bf16 ones.
+        gradients=4 * held,
+        optimizer=(8 if compute == 4 else 12) * updated,
+        reference=compute * held if config.grpo.kl_coef > 0 else 0,
+        engine_weights=engine * count,
+        kv=slots and slots * size.spec.num_layers * 2 * size.arch.groups * size.arch.head_dim * engine,
+        # SGLang's host buffer: int32 for every KV slot, layer (dense ones too) and choice.
+        capture=slots and slots * size.spec.num_layers * size.spec.top_k * 4 * config.routing.capture,
+        routing_per_token=size.spec.routing_bytes(1) if config.routing.capture else 0,
+        samples_per_step=samples,
+        tokens_per_step=tokens,
+        routing_per_step=routing,
+        object_store=2 * engine * count + routing + tokens * _TOKEN_BYTES,
+    )
+
+
+def rank_parameters(config: Config, size: ModelSize) -> tuple[int, int]:
+    """Return how many parameters a trainer rank holds, and of how many it keeps the optimizer's state.
+
+    The mean over ranks: the first and last pipeline stage also hold the embeddings, which are spread evenly here.
+    """
+    trainer, spec = config.trainer, size.spec
+    experts = len(spec.moe_layers) * spec.num_experts * 3 * spec.hidden_size * size.arch.expert_ffn_size
+    dense_parts = trainer.tensor_parallel * trainer.pipeline_parallel
+    expert_parts = trainer.expert_tensor * trainer.expert_parallel * trainer.pipeline_parallel
+    held = math.ceil((size.parameters - experts) / dense_parts + experts / expert_parts)
+    if not trainer.distributed_optimizer:
+        return held, held
+    return held, math.ceil(size.parameters / trainer.processes)
+
+
+def render(config: Config, size: ModelSize, found: Plan) -> list[str]:
+    """Return the plan as lines of text."""
+    spec, trainer, rollout = size.spec, config.trainer, config.rollout
+    made = "" if size.directory else " (made on the first run; sizes are upper bounds)"
+    dtype = "uint8" if spec.num_experts <= 256 else "uint16"
+    kv = "as much as rollout.mem_fraction leaves" if found.kv is None else human(found.kv)
+    capture = "" if not found.capture else f", capture buffer {human(found.capture)} (host)"
+    return [
+        f"model {config.model.path}{made}: {found.parameters:,} parameters, {len(spec.moe_layers)} of "
+        f"{spec.num_layers} layers with {spec.num_experts} experts, top-{spec.top_k}",
+        f"each of {trainer.processes} trainer rank(s): {human(found.trainer)} and activations: weights "
+        f"{human(found.trainer_weights)}, gradients {human(found.gradients)}, optimizer {human(found.optimizer)}"
+        + (f", reference {human(found.reference)}" if found.reference else ""),
+        f"each of {rollout.workers} rollout worker(s): weights {human(found.engine_weights)}, KV {kv}{capture}",
+        f"routing: {found.routing_per_token} B per token ({dtype} [{len(spec.moe_layers)}, {spec.top_k}]), at most "
+        f"{human(found.routing_per_step)} per step ({found.samples_per_step} samples of {PROMPT_TOKENS} prompt and "
+        f"{rollout.max_new_tokens} answer tokens)",
+        f"Ray object store: {human(found.object_store)} (weights of two steps, and one batch)",
+    ]
+
+
+def human(number: int) -> str:
+    """Return a byte count in the largest binary unit that leaves at least 1."""
+    value, units = float(number), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _size_of_directory(directory: Path) -> ModelSize:
+    arch = Architecture.from_directory(directory)
+    return ModelSize(arch, count_parameters(directory), directory)
+
+
+def count_parameters(directory: Path) -> int:
+    """Return the number of elements in a checkpoint's safetensors files, from their headers alone.
+
+    A header is 8 bytes of little-endian length and that much JSON. Raises `ConfigError` for a file that is missing or
+    shorter than its header promises.
+    """
+    index = directory / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return sum(_count_in_file(directory / name) for name in names)
+
+
+def _count_in_file(path: Path) -> int:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; is the checkpoint complete?") from None
+    except (struct.error, ValueError, OSError, MemoryError, OverflowError) as error:
+        raise ConfigError(f"{path} is not a safetensors file: {error}") from error
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+    if size != 8 + length + end:
+        raise ConfigError(f"{path} has {size} bytes, its header promises {8 + length + end}; fetch it again")
+    return sum(math.prod(entry["shape"]) for entry in tensors)
+
+
+def _size_of_recipe(recipe: Recipe) -> ModelSize:
+    """Return the size of a built-in model before it is made; its tokenizer may turn out smaller than the recipe's."""
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": recipe.layers,
+        "num_experts": recipe.experts,
+        "num_experts_per_tok": recipe.top_k,
+        "hidden_size": recipe.hidden_size,
+        "vocab_size": recipe.tokenizer_vocab,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.kv_heads,
+        "head_dim": recipe.head_dim,
+        "max_position_embeddings": recipe.max_positions,
+        "moe_intermediate_size": recipe.expert_size,
+        "intermediate_size": 4 * recipe.hidden_size,
+        "rms_norm_eps": 1e-6,
+    }
+    hidden, width = recipe.hidden_size, recipe.head_dim
+    attention = hidden * width * 2 * (recipe.heads + recipe.kv_heads) + 2 * width
+    experts = recipe.experts * (hidden + 3 * hidden * recipe.expert_size)
+    parameters = recipe.layers * (attention + experts + 2 * hidden) + (2 * recipe.tokenizer_vocab + 1) * hidden
+    return ModelSize(Architecture.from_hf_config(config, "the recipe"), parameters, None)

@@ -1,0 +1,88 @@
+"""Where Ray puts the actors: an existing cluster of two nodes on this machine, packed or spread over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from r3.cluster import Demand, demand, ray_cluster
+from r3.config import Config
+from r3.errors import EngineError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[str]:
+    """Address of a cluster whose nodes have room for two actors each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield str(cluster.address)
+    cluster.shutdown()
+
+
+def config(**sections: dict[str, object]) -> Config:
+    return Config.model_validate(sections)
+
+
+def nodes_of(place: object, actors: int) -> list[str]:
+    """Run a task in every bundle of a placement group and return the nodes that they ran on."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def node() -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    remote = ray.remote(node)
+    spots = [PlacementGroupSchedulingStrategy(place, index) for index in range(actors)]
+    return ray.get([remote.options(num_cpus=1, scheduling_strategy=spot).remote() for spot in spots], timeout=120)
+
+
+@pytest.mark.parametrize(("placement", "nodes"), [("spread", 2), ("pack", 1)])
+def test_ranks_are_packed_or_spread(two_nodes, monkeypatch, placement, nodes):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes)
+    wanted = config(trainer={"processes": 2, "placement": placement})
+    with ray_cluster(wanted) as places:
+        assert len(set(nodes_of(places.trainer, 2))) == nodes
+        assert len(nodes_of(places.rollout, 1)) == 1
+
+
+def test_a_cluster_that_is_too_small_is_refused(two_nodes, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes)
+    with (
+        pytest.raises(EngineError, match="needs 5 CPUs for its actors, the Ray cluster has 4"),
+        ray_cluster(config(trainer={"processes": 4})),
+    ):
+        pass
+
+
+def test_a_cluster_that_others_fill_is_refused_in_time(two_nodes, monkeypatch):
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes)
+    wanted = config(trainer={"processes": 2, "start_timeout_s": 1}, rollout={"start_timeout_s": 1})
+    with ray_cluster(config(trainer={"processes": 1})):
+        group = ray.util.placement_group([{"CPU": 1}] * 2)
+        assert group.wait(60)
+        from r3.cluster import _reserve
+
+        with pytest.raises(EngineError, match=r"no room for the .* actors within 1 s"):
+            _reserve(wanted)
+
+
+def test_demand_counts_every_actor():
+    wanted = config(rollout={"workers": 2, "gpus_per_worker": 1}, trainer={"processes": 4, "gpus_per_process": 0.5})
+    assert demand(wanted) == Demand(cpus=6, gpus=4)
+
+
+def test_the_runtime_environment_is_one_that_ray_accepts():
+    import yaml
+    from ray.runtime_env import RuntimeEnv
+
+    file = Path(__file__).parents[2] / "configs" / "runtime_env.yaml"
+    found = RuntimeEnv(**yaml.safe_load(file.read_text()))
+    assert set(found) == {"working_dir", "excludes", "env_vars"}
