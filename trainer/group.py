@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import CheckpointError, EngineError, R3Error
+from r3.trainer.outcome import Rehearsal
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
@@ -66,6 +67,10 @@ class TrainerRank:
     ) -> StepResult | None:
         """See `TrainerWorker`."""
         return self._worker.step(step, advantages, counterfactual, *batches)
+
+    def rehearse(self, advantages: NDArray[np.float32], *batches: Batch) -> Rehearsal:
+        """See `TrainerWorker`."""
+        return self._worker.rehearse(advantages, *batches)
 
     def export(self) -> tuple[int, WeightBuckets | None]:
         """Return the weight version and, as an object of its own, the weights: the driver fetches the first alone."""
@@ -142,6 +147,10 @@ class TrainerGroup:
     ) -> StepResult:
         """Train one step; the batches go to the ranks as references, which Ray maps into them without a copy."""
         return self._all("step", step, advantages, counterfactual, *batches)[0]
+
+    def rehearse(self, advantages: NDArray[np.float32], batches: Sequence[ray.ObjectRef]) -> Rehearsal:
+        """Run one forced-routing step of known outcome and return it as rank 0 has it; for `r3.doctor replay`."""
+        return self._all("rehearse", advantages, *batches)[0]
 
     def export(self) -> ray.ObjectRef:
         """Return a reference to the new weights (`WeightBuckets`), ready in the object store."""

@@ -12,16 +12,15 @@ import torch.distributed as dist
 
 from r3.config import Config
 from r3.trainer import parallel
+from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
 from tests.megatron.layouts import (
     LARGE_LAYOUTS,
     LAYOUTS,
-    Outcome,
     layout_config,
     run_layout,
     run_mutated,
-    worst_difference,
 )
 from tests.megatron.toys import make_batch, make_config
 
@@ -35,7 +34,7 @@ def batch(model_dir: Path) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def expected(model_dir: Path, batch: Batch) -> Outcome:
+def expected(model_dir: Path, batch: Batch) -> Rehearsal:
     """The single process, padded, all samples in one microbatch, nothing recomputed."""
     parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
     try:
@@ -51,7 +50,7 @@ def large_pool() -> Iterator[GlooPool]:
         yield pool
 
 
-def assert_equal(found: Outcome, expected: Outcome, batch: Batch, config: Config) -> None:
+def assert_equal(found: Rehearsal, expected: Rehearsal, batch: Batch, config: Config) -> None:
     counts = found.counts
     rows = int(batch.row_offsets[-1])
     assert (counts.mismatched_ids, counts.missing) == (0, 0)
@@ -75,7 +74,7 @@ def assert_equal(found: Outcome, expected: Outcome, batch: Batch, config: Config
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_equal_one(
-    gloo_pool: GlooPool, model_dir: Path, batch: Batch, expected: Outcome, layout: str, recompute: str, form: str
+    gloo_pool: GlooPool, model_dir: Path, batch: Batch, expected: Rehearsal, layout: str, recompute: str, form: str
 ) -> None:
     config = layout_config(LAYOUTS[layout], 2, trainer={"packed": FORMS[form], "recompute": recompute})
     found: Any = gloo_pool.run(run_layout, config, model_dir, batch)[0]
@@ -87,7 +86,7 @@ def test_two_processes_equal_one(
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layout", LARGE_LAYOUTS)
 def test_four_processes_equal_one(
-    large_pool: GlooPool, model_dir: Path, batch: Batch, expected: Outcome, layout: str, recompute: str, form: str
+    large_pool: GlooPool, model_dir: Path, batch: Batch, expected: Rehearsal, layout: str, recompute: str, form: str
 ) -> None:
     config = layout_config(LARGE_LAYOUTS[layout], 4, trainer={"packed": FORMS[form], "recompute": recompute})
     found: Any = large_pool.run(run_layout, config, model_dir, batch)[0]
@@ -108,7 +107,7 @@ def test_mutations_are_noticed(
     gloo_pool: GlooPool,
     model_dir: Path,
     batch: Batch,
-    expected: Outcome,
+    expected: Rehearsal,
     layout: str,
     mutation: str,
     loss_moves: bool,

@@ -70,7 +70,7 @@ def test_other_routers_replay_every_id_also_when_recomputed(
     found = []
     for recompute in ("none", "full", "selective"):
         policy = policy_with(model_dir, monkeypatch, changes, recompute)
-        step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+        step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
         counts = policy.logprobs(microbatches, step, FORCED).counts
         assert counts.mismatched_ids == 0
         assert counts.replayed == counts.required
@@ -84,7 +84,7 @@ def test_expert_bias_counts_replayed_ids_once_and_never_pads(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
 ) -> None:
     policy = policy_with(model_dir, monkeypatch, SIGMOID, recompute)
-    step, (whole,) = prepare(policy, make_batch(policy._arch.spec), 12)
+    step, (whole,) = prepare(policy, make_batch(policy.arch.spec), 12)
     # Every row that is no pad has a record, so that the statistic is known without a forward pass.
     full = replace(whole, recorded=~whole.pads)
     ids = np.argsort(np.random.default_rng(0).random((*whole.pads.shape, 4, 16)), -1)[..., :4]
@@ -102,7 +102,7 @@ def test_expert_bias_counts_replayed_ids_once_and_never_pads(
 def test_the_auxiliary_loss_uses_the_own_top_k(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The balancing gradient of a router does not depend on what was replayed through it."""
     policy = policy_with(model_dir, monkeypatch, ROUTERS["auxiliary loss and z-loss"])
-    _, microbatches = prepare(policy, make_batch(policy._arch.spec), 12)
+    _, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
     router = routers(policy)[0].train()
     one = microbatches[0]
     logits = torch.randn(*one.pads.T.shape, 16, generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_a_checkpoint_function_without_megatrons_flags(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, reentrant: bool
 ) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     expected = accumulate(policy, step, microbatches, FORCED)
     policy = make_policy(model_dir, make_config(trainer={"recompute": "full"}))
 
@@ -145,7 +145,7 @@ def test_more_than_256_experts(tmp_path: Path) -> None:
 
     small = {"num_experts": 300, "num_hidden_layers": 2, "moe_intermediate_size": 8}
     policy = make_policy(write_model(tmp_path / "wide", **small))
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 12)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
     assert microbatches[0].experts.dtype == np.uint16
     assert microbatches[0].experts.max() > 255
     counts = policy.logprobs(microbatches, step, FORCED).counts
@@ -154,9 +154,9 @@ def test_more_than_256_experts(tmp_path: Path) -> None:
 
 def test_packing_pads_only_what_the_layout_needs(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, _ = prepare(policy, make_batch(policy._arch.spec), 12)
+    step, _ = prepare(policy, make_batch(policy.arch.spec), 12)
     samples = range(len(step.trajectories))
-    spec = policy._arch.spec
+    spec = policy.arch.spec
     assert microbatch(step, samples, spec, Form(packed=True)).rows.pads == 0
     for form in (Form(True, sequence=(1, 4)), Form(True, context=(1, 2)), Form(True, (0, 4), (1, 2))):
         made = microbatch(step, samples, spec, form)

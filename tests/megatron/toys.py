@@ -93,7 +93,7 @@ def prepare(
     policy: Policy, batch: Batch, size: int = 4, rank: int = 0, world: int = 1
 ) -> tuple[StepBatch, list[MicroBatch]]:
     """Return the joined step and one rank's microbatches of its only mini-step."""
-    spec = policy._arch.spec
+    spec = policy.arch.spec
     step = StepBatch.join([batch], make_advantages(batch), spec)
     plan: Shares = share(step.trajectories, mini_steps=1, rank=rank, world=world, micro_batch_size=size)
     return step, [microbatch(step, samples, spec) for samples in plan[0]]
@@ -120,7 +120,7 @@ def own_routing(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBat
         policy._forward(policy.chunks, microbatches, step, RoutingUse(force=False))
     finally:
         replay._Visit.account = account  # type: ignore[method-assign]
-    layers = len(policy._arch.spec.moe_layers)
+    layers = len(policy.arch.spec.moe_layers)
     found = []
     for i, one in enumerate(microbatches):
         b, s = one.tokens.shape
