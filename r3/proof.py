@@ -127,6 +127,7 @@ def compare(found: Rehearsal, expected: Rehearsal, limits: Limits) -> tuple[Chec
     same = np.array_equal(counts.disagree, reference.disagree) and counts.disagree_any == reference.disagree_any
     loss = abs(found.loss - expected.loss)
     logprob = float(np.abs(found.logprobs - expected.logprobs).max())
+    norm = abs(found.grad_norm / expected.grad_norm - 1)
     off = np.concatenate([
         np.abs(found.weights[name] - value).reshape(-1) > limits.weight for name, value in expected.weights.items()
     ])  # fmt: skip
@@ -137,6 +138,7 @@ def compare(found: Rehearsal, expected: Rehearsal, limits: Limits) -> tuple[Chec
                f"{counts.disagree_any} rows route otherwise without replay, {reference.disagree_any} in one process"),
         _check("loss", loss <= limits.loss, f"differs by {loss:.1e} nats (limit {limits.loss:.0e})"),
         _check("log-probs", logprob <= limits.logprob, f"differ by {logprob:.1e} nats (limit {limits.logprob:.0e})"),
+        _check("gradient norm", norm <= limits.gradient, f"differs by {norm:.1e} (limit {limits.gradient:.0e})"),
         _check("weights", off.mean() <= 1e-3,
                f"{off.mean():.1e} of them off by more than {limits.weight:.0e} behind the update (limit 1e-03)"),
         # Reaching this line is the check: the rehearsal raises when a microbatch is left active.
@@ -156,7 +158,7 @@ def _check(name: str, holds: bool, detail: str) -> Check:
 def _lines(proof: Proof) -> Iterator[str]:
     yield f"{proof.layout} ({proof.processes} processes)"
     for check in proof.checks:
-        yield f"  {check.state:<4}  {check.name:<12}  {check.detail}"
+        yield f"  {check.state:<4}  {check.name:<13}  {check.detail}"
 
 
 def _trial(config: Config, trainer: TrainerConfig) -> Config:

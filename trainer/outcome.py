@@ -17,13 +17,15 @@ Tensors = Mapping[str, NDArray[np.float32]]
 class Rehearsal:
     """What one log-prob pass and one update gave, over all ranks.
 
-    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `gradients`, `weights` (behind the update): fp32
-    by Hugging Face name, on rank 0 alone, empty elsewhere; `sharded`: a distributed optimizer left each rank a part of
-    the reduced gradient only, so `gradients` are not whole; `replay_s`: this rank's seconds in replay.
+    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `grad_norm`: before clipping; `gradients`,
+    `weights` (behind the update): fp32 by Hugging Face name, on rank 0 alone, empty elsewhere; `sharded`: a distributed
+    optimizer left each rank a part of the reduced gradient only, so `gradients` are not whole; `replay_s`: this rank's
+    seconds in replay.
     """
 
     loss: float
     logprobs: NDArray[np.float64]
+    grad_norm: float
     gradients: Tensors
     weights: Tensors
     counts: RouterCounts

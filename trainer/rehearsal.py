@@ -27,11 +27,12 @@ def rehearse(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]
     sums, counts, replay_s = policy.accumulate(microbatches, step, old, None, use)
     policy.replay.require_empty("after a step")
     gradients = exported(policy, lambda parameter: parameter.main_grad)
-    policy.optimizer.step()
+    _, grad_norm, _ = policy.optimizer.step()
     tokens, loss = sum_over_ranks(np.array([sums.tokens, sums.loss]))
     return Rehearsal(
         loss=float(loss / tokens),
         logprobs=sum_over_ranks(before.logprobs),
+        grad_norm=float(grad_norm),
         gradients=gradients,
         weights=exported(policy, torch.Tensor.detach),
         counts=counts_over_ranks(counts),

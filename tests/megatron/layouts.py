@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.trainer import batching, replay
@@ -18,6 +20,7 @@ from r3.trainer.model import Architecture
 from r3.trainer.outcome import Rehearsal
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.rehearsal import rehearse
+from r3.trainer.worker import TrainerWorker
 from r3.types import Batch
 from tests.gloo_pool import arranged
 from tests.megatron.toys import make_advantages, make_config
@@ -74,6 +77,46 @@ def laid_out(policy: Policy, config: Config, batch: Batch) -> tuple[StepBatch, l
     step = StepBatch.join([batch], make_advantages(batch), spec)
     plan, form = plan_step(step, config.trainer, 1, policy.form, policy.data)
     return step, [microbatch(step, samples, spec, form) for samples in plan[0]]
+
+
+def worker_in(config: Config, directory: Path) -> TrainerWorker:
+    """Return a worker on ranks that have joined already; its own `join` would do that."""
+    worker = TrainerWorker(config, str(directory), dist.get_rank(), dist.get_world_size(), 10)
+    worker.policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
+    return worker
+
+
+def step_of_layout(config: Config, directory: Path, batch: Batch) -> dict[str, float] | None:
+    """Return the metrics of one training step in the config's layout on rank 0, times aside."""
+    with arranged(config.trainer):
+        result = worker_in(config, directory).step(1, make_advantages(batch), True, batch)
+    if result is None:
+        return None
+    return {key: value for key, value in result.metrics.items() if not key.endswith(("_s", "tokens_per_s"))}
+
+
+def resumed(config: Config, directory: Path, batch: Batch, place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what this rank holds after two steps, uninterrupted and resumed behind the first."""
+    with arranged(config.trainer):
+        worker = worker_in(config, directory)
+        worker.step(1, make_advantages(batch), False, batch)
+        worker.save_state(str(place))
+        worker.step(2, make_advantages(batch, seed=1), False, batch)
+        whole = held(worker.policy)
+        worker = worker_in(config, directory)
+        worker.load_state(str(place))
+        worker.step(2, make_advantages(batch, seed=1), False, batch)
+        return whole, held(worker.policy)
+
+
+def held(policy: Policy) -> dict[str, NDArray[np.float32]]:
+    """Return a copy of every parameter and moment of this rank, by a name."""
+    found = {name: p for chunk in policy.chunks for name, p in chunk.named_parameters()}
+    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    for index, part in enumerate(parts):
+        for number, state in enumerate(part.optimizer.state.values()):
+            found |= {f"{index}.{number}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
+    return {name: tensor.detach().float().numpy().copy() for name, tensor in found.items()}
 
 
 def run_mutated(config: Config, directory: Path, batch: Batch, mutation: str) -> Rehearsal:

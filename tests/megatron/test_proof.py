@@ -43,7 +43,7 @@ def model(tmp_path: Path) -> Path:
 def rehearsal() -> Rehearsal:
     counts = replace(RouterCounts.zero(2), required=9, replayed=9, compared=9)
     tensors = {"a": np.ones(4000, np.float32), "b": np.full(3, 2, np.float32)}
-    return Rehearsal(1.0, np.zeros(5), tensors, tensors, counts, False, 0.0)
+    return Rehearsal(1.0, np.zeros(5), 3.0, tensors, tensors, counts, False, 0.0)
 
 
 def failed(found: Rehearsal) -> list[str]:
@@ -58,6 +58,7 @@ def test_every_difference_fails_its_own_check() -> None:
     assert failed(replace(same, counts=replace(same.counts, disagree_any=1))) == ["own choice"]
     assert failed(replace(same, loss=1.0 + 1e-5)) == ["loss"]
     assert failed(replace(same, logprobs=np.full(5, 1e-4))) == ["log-probs"]
+    assert failed(replace(same, grad_norm=3.1)) == ["gradient norm"]
     changed = same.gradients | {"b": np.array([2, 2, 2.001], np.float32)}
     assert failed(replace(same, gradients=changed)) == ["gradients"]
     assert failed(replace(same, gradients={}, sharded=True)) == []
@@ -73,7 +74,16 @@ def test_replay_is_proven_in_two_layouts(model: Path) -> None:
     assert [proof["layout"] for proof in found["layouts"]] == ["tp2,ep2,etp1,packed", "pp2,full,packed"]
     for proof in found["layouts"]:
         names = [check["name"] for check in proof["checks"]]
-        assert names == ["ids replayed", "own choice", "loss", "log-probs", "gradients", "weights", "state"]
+        assert names == [
+            "ids replayed",
+            "own choice",
+            "loss",
+            "log-probs",
+            "gradients",
+            "gradient norm",
+            "weights",
+            "state",
+        ]
 
 
 def test_a_recompute_without_the_record_is_found(tmp_path: Path, model: Path) -> None:
