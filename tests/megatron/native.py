@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,8 @@ class NativeReplay:
         self._layers = len(spec.moe_layers)
         self.spoil: Callable[[Ids], Ids] = lambda ids: ids
         self.peak_bytes, self._tally = 0, Tally.zero(self._layers, torch.device("cpu"))
+        for replay in self._routers.values():
+            replay.get_replay_topk = self._timed(replay)
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[Tally]:
@@ -74,6 +77,18 @@ class NativeReplay:
             self._routers[layer].set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
         self.peak_bytes = max(self.peak_bytes, self.held_bytes())
         return output
+
+    def _timed(self, replay: Any) -> Callable[..., Any]:
+        ask = replay.get_replay_topk
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            found = ask(*args, **kwargs)
+            if replay.router_replay_action is not None:
+                self._tally.seconds += time.perf_counter() - begin
+            return found
+
+        return timed
 
     def held(self) -> Ids:
         """Every tensor of ids that the routers still hold, each once."""
