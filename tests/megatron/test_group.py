@@ -14,6 +14,7 @@ import ray
 
 from r3.errors import ConfigError, EngineError, RoutingError
 from r3.trainer.group import TrainerGroup
+from r3.transport import BatchRef
 from r3.types import ModelSpec, WeightBuckets
 from tests.megatron.toys import make_advantages, make_batch, make_config
 
@@ -28,7 +29,7 @@ def is_weights(weights: object) -> tuple[bool, int, int]:
 def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: Path) -> None:
     spec = ModelSpec.from_directory(model_dir)
     batch = make_batch(spec)
-    refs = [ray.put(batch)]
+    refs = [BatchRef.put(batch)]
     with TrainerGroup(make_config(trainer={"processes": 2}), model_dir) as group:
         assert group.spec() == spec
         assert group.versions()["device"] == "cpu"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from r3.errors import RoutingError
 from r3.routing import RoutingTrace
 from r3.trainer.batching import StepBatch, microbatch, require_records, share
-from r3.types import Batch, ModelSpec, Trajectory
+from r3.types import Batch, ModelSpec, Record, Trajectory
 
 SPEC = ModelSpec("qwen3_moe", 4, (1, 3), 16, 3, 8, 100)
 
@@ -76,9 +76,9 @@ def test_rows_are_aligned() -> None:
     made = microbatch(step, [1, 0], SPEC)
     assert made.tokens.shape == (2, 7)
     for b, i in enumerate([1, 0]):
-        sample = step.trajectories[i]
+        sample, record = step.trajectories[i], step.records[i]
         last = len(sample.tokens) - 1
-        assert sample.routing is not None
+        assert record is not None
         for t, token in enumerate(sample.tokens):
             assert made.tokens[b, t] == token
             assert made.positions[b, t] == t
@@ -88,7 +88,7 @@ def test_rows_are_aligned() -> None:
                 continue
             assert made.labels[b, t] == sample.tokens[t + 1]
             assert made.recorded[b, t]
-            np.testing.assert_array_equal(made.experts[b, t], sample.routing.experts[t])
+            np.testing.assert_array_equal(made.experts[b, t], record.blocks[0].experts[t])
             predicted = t + 1 - sample.prompt_len
             if predicted < 0:
                 assert made.targets[b, t] == -1
@@ -149,7 +149,7 @@ def broken_records(sample: Trajectory) -> dict[str, tuple[RoutingTrace, str]]:
 def test_broken_records_are_refused_by_name(kind: str) -> None:
     sample = trajectory(group=5, member=2)
     trace, message = broken_records(sample)[kind]
-    step = replace(step_of(sample), trajectories=(replace(sample, routing=trace),))
+    step = replace(step_of(sample), records=(Record(trace.spans, (trace,)),))
     with pytest.raises(RoutingError, match=r"group 5, member 2") as error:
         microbatch(step, [0], SPEC)
     assert message in str(error.value)
