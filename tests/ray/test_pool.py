@@ -79,6 +79,24 @@ def test_a_real_batch_stays_in_the_object_store_and_is_read_without_a_copy(
     routing.verify(batch.trajectory(50).tokens)
 
 
+@pytest.mark.parametrize(("capture", "layers"), [(True, [(0, 1, 2), (3,)]), (False, [])])
+def test_core_and_blocks_are_objects_of_their_own(
+    make_config: MakeConfig, model_dir: Path, capture: bool, layers: list[tuple[int, ...]]
+) -> None:
+    import ray
+
+    config = make_config(block_layers=3).model_dump()
+    config["routing"]["capture"], config["replay"]["mode"] = capture, "r3" if capture else "none"
+    with RolloutPool(Config.model_validate(config), model_dir) as pool:
+        rollout, canary = pool.generate(PROMPTS, 1), pool.canary(PROMPTS) if capture else None
+        for handle in (*rollout.batches, *([canary] if canary else [])):
+            assert [block.layers for block in handle.blocks] == layers
+            assert ray.get(handle.core).blocks == ()
+            assert [ray.get(block.ref).layers for block in handle.blocks] == layers
+            assert all((t.routing is not None) == capture for t in handle.get().trajectories())
+    assert (rollout.routing_bytes > 0) == capture
+
+
 def test_dropped_samples_are_reported_once_per_step(make_config: MakeConfig, model_dir: Path) -> None:
     events = Events()
     with RolloutPool(make_config({"bad_every": 5}, on_error="drop_sample", workers=2), model_dir, events) as pool:
