@@ -175,6 +175,8 @@ class RoutingConfig(Section):
     """Record the experts of every training rollout."""
     on_error: Literal["fail", "drop_sample"] = "fail"
     """A sample whose record is missing or malformed: stop the run, or leave the sample out and count it."""
+    block_layers: int = Field(8, ge=1)
+    """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""
 
 
 class ReplayConfig(Section):

@@ -130,9 +130,7 @@ class RoutingTrace:
 
     def positions(self) -> NDArray[np.int64]:
         """Return the absolute token position of every row, `[rows]` int64."""
-        if not self.spans:
-            return np.empty(0, dtype=np.int64)
-        return np.concatenate([np.arange(span.begin, span.end, dtype=np.int64) for span in self.spans])
+        return positions(self.spans)
 
     def validate(self, num_tokens: int) -> None:
         """Check everything that can be checked without another forward pass; raise `RoutingError` that names the row.
@@ -241,6 +239,11 @@ def check_spans(spans: Sequence[Span], rows: int, num_tokens: int) -> None:
             f"rows reach position {previous} of {num_tokens} tokens; the last token was never an input, "
             f"so at most {max(num_tokens - 1, 0)} rows can exist"
         )
+
+
+def positions(spans: Sequence[Span]) -> NDArray[np.int64]:
+    """Return the absolute token position of every row of `spans`, `[rows]` int64."""
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(s.begin, s.end, dtype=np.int64) for s in spans)])
 
 
 def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:

@@ -76,10 +76,11 @@ def write_model(config: Mapping[str, Any], directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def trial_batch(spec: ModelSpec) -> Batch:
+def trial_batch(spec: ModelSpec, block_layers: int) -> Batch:
     """Return random trajectories with random records: no router would choose so, hence nothing agrees by chance."""
     rng = np.random.default_rng(0)
-    return Batch.pack([_trajectory(spec, rng, group, member) for group in range(_GROUPS) for member in range(_MEMBERS)])
+    samples = [_trajectory(spec, rng, group, member) for group in range(_GROUPS) for member in range(_MEMBERS)]
+    return Batch.pack(samples, block_layers)
 
 
 def trial_advantages() -> NDArray[np.float32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r3.errors import ConfigError, RoutingError
-from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, expert_dtype
+from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
 
 Finish = Literal["stop", "length", "abort"]
 WeightVersion = int
@@ -149,13 +149,45 @@ class SampleFacts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingBlock:
+    """The records of a `Batch` in a few MoE layers, an object of its own in the object store.
+
+    `layers`: global index of each; `experts` `[sum rows, layers, k]` in the order of the batch; `crc32` uint32 `[n]`
+    over each trajectory's rows of this block and its tokens.
+    """
+
+    layers: tuple[int, ...]
+    experts: ExpertIds
+    crc32: NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One trajectory's routing record as far as it is at hand: its `spans`, and a view per block of layers."""
+
+    spans: tuple[Span, ...]
+    blocks: tuple[RoutingTrace, ...]
+
+    def joined(self, tokens: TokenIds) -> RoutingTrace | None:
+        """Return a copy in which the blocks are one again, None without any; raise `RoutingError` for a wrong one."""
+        if len(self.blocks) < 2:
+            return self.blocks[0] if self.blocks else None
+        for block in self.blocks:
+            block.verify(tokens)
+        experts = np.concatenate([block.experts for block in self.blocks], axis=1)
+        experts.flags.writeable = False
+        layers = tuple(layer for block in self.blocks for layer in block.layers)
+        return replace(self.blocks[0], experts=experts, layers=layers, crc32=checksum(experts, tokens))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Trajectories of one rollout call, packed into flat arrays with offset tables: one object, a few large buffers.
+    """Trajectories of one rollout call, packed into flat arrays with offset tables: a few large buffers.
 
     `tokens` int32 `[sum S]` with `token_offsets` int64 `[n + 1]`; `logprobs` float32 `[sum (S - prompt_len)]`
-    with `logprob_offsets`; `experts` `[sum rows, layers, k]` (see `RoutingTrace`) with `row_offsets` int64 `[n + 1]`,
-    where a trajectory without routing has no rows. Ray maps the arrays read-only into every reader on the node, so
-    `trajectory(i)` copies nothing.
+    with `logprob_offsets`; `row_offsets` int64 `[n + 1]` into the routing rows, of which a trajectory without record
+    has none; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as objects of their
+    own, so that a pipeline stage fetches only its layers. Ray maps the arrays read-only into every reader on the node.
     """
 
     tokens: TokenIds
@@ -169,18 +201,19 @@ class Batch:
     finishes: tuple[Finish, ...]
     weight_versions: NDArray[np.int32]
     fingerprint: str
-    experts: ExpertIds | None
     row_offsets: NDArray[np.int64]
-    crc32: NDArray[np.uint32]
     spans: tuple[tuple[Span, ...], ...]
-    layers: tuple[int, ...]
     num_experts: int
     engine: str
     provenance: Provenance
+    blocks: tuple[RoutingBlock, ...]
 
     @classmethod
-    def pack(cls, trajectories: Sequence[Trajectory]) -> Batch:
-        """Pack trajectories of one model and engine; raise `RoutingError` when their records do not fit together."""
+    def pack(cls, trajectories: Sequence[Trajectory], block_layers: int | None = None) -> Batch:
+        """Pack trajectories of one model and engine, records in blocks of `block_layers` MoE layers (default: all).
+
+        Raises `RoutingError` when records do not fit together, and for one that is wrong before it is cut.
+        """
         traces = [t.routing for t in trajectories if t.routing is not None]
         kinds = {(r.layers, r.num_experts, r.top_k, r.engine, r.provenance) for r in traces}
         if len(kinds) > 1 or len({t.fingerprint for t in trajectories}) > 1:
@@ -200,14 +233,12 @@ class Batch:
             finishes=tuple(t.finish for t in trajectories),
             weight_versions=np.array([t.weight_version for t in trajectories], dtype=np.int32),
             fingerprint=trajectories[0].fingerprint if trajectories else "",
-            experts=np.concatenate([r.experts for r in traces]) if traces else None,
             row_offsets=_offsets([t.routing.rows if t.routing else 0 for t in trajectories]),
-            crc32=np.array([t.routing.crc32 if t.routing else 0 for t in trajectories], dtype=np.uint32),
             spans=tuple(t.routing.spans if t.routing else () for t in trajectories),
-            layers=layers,
             num_experts=num_experts,
             engine=engine,
             provenance=provenance,
+            blocks=_split(trajectories, layer_blocks(layers, block_layers or len(layers))),
         )
 
     def __len__(self) -> int:
@@ -215,11 +246,30 @@ class Batch:
 
     @property
     def routing_bytes(self) -> int:
-        """Bytes of routing in this object."""
-        return 0 if self.experts is None else int(self.experts.nbytes)
+        """Bytes of routing in the blocks."""
+        return sum(int(block.experts.nbytes) for block in self.blocks)
 
-    def trajectory(self, i: int) -> Trajectory:
-        """Return trajectory `i` as views into the packed arrays."""
+    def record(self, i: int) -> Record | None:
+        """Return the record of trajectory `i` as views into the blocks, None when it has none."""
+        begin, end = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
+        if begin == end:
+            return None
+        blocks = (
+            RoutingTrace(
+                experts=block.experts[begin:end],
+                layers=block.layers,
+                num_experts=self.num_experts,
+                spans=self.spans[i],
+                engine=self.engine,
+                provenance=self.provenance,
+                crc32=int(block.crc32[i]),
+            )
+            for block in self.blocks
+        )
+        return Record(self.spans[i], tuple(blocks))
+
+    def sample(self, i: int) -> Trajectory:
+        """Return trajectory `i` without its record, as views into the packed arrays."""
         begin, end = int(self.token_offsets[i]), int(self.token_offsets[i + 1])
         return Trajectory(
             group=int(self.groups[i]),
@@ -227,36 +277,27 @@ class Batch:
             tokens=self.tokens[begin:end],
             prompt_len=int(self.prompt_lens[i]),
             logprobs=self.logprobs[int(self.logprob_offsets[i]) : int(self.logprob_offsets[i + 1])],
-            routing=self._trace(i),
+            routing=None,
             reward=float(self.rewards[i]),
             finish=self.finishes[i],
             weight_version=int(self.weight_versions[i]),
             fingerprint=self.fingerprint,
         )
 
+    def trajectory(self, i: int) -> Trajectory:
+        """Return trajectory `i` with its record of the layers at hand: a view of one block, a copy of several."""
+        sample, record = self.sample(i), self.record(i)
+        return sample if record is None else replace(sample, routing=record.joined(sample.tokens))
+
     def trajectories(self) -> list[Trajectory]:
-        """Return every trajectory, as views."""
+        """Return every trajectory with its record; see `trajectory`."""
         return [self.trajectory(i) for i in range(len(self))]
 
     def facts(self) -> tuple[SampleFacts, ...]:
         """Return the small facts that the driver keeps, in packing order."""
         return tuple(
             SampleFacts(t.group, t.member, t.reward, t.finish, t.prompt_len, t.response_len, t.weight_version)
-            for t in self.trajectories()
-        )
-
-    def _trace(self, i: int) -> RoutingTrace | None:
-        begin, end = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
-        if self.experts is None or begin == end:
-            return None
-        return RoutingTrace(
-            experts=self.experts[begin:end],
-            layers=self.layers,
-            num_experts=self.num_experts,
-            spans=self.spans[i],
-            engine=self.engine,
-            provenance=self.provenance,
-            crc32=int(self.crc32[i]),
+            for t in map(self.sample, range(len(self)))
         )
 
 
@@ -301,6 +342,32 @@ class WeightBuckets:
 
 
 WeightSource = WeightBuckets | Path
+
+
+def layer_blocks(layers: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Cut MoE layers into blocks of `size`; the last one may be smaller."""
+    return tuple(tuple(layers[begin : begin + size]) for begin in range(0, len(layers), size or 1))
+
+
+def _split(trajectories: Sequence[Trajectory], blocks: Sequence[tuple[int, ...]]) -> tuple[RoutingBlock, ...]:
+    """Pack the records block by block; checksums of parts are new, so the whole record is verified before."""
+    captured = [(t.routing, t.tokens) for t in trajectories if t.routing is not None]
+    if len(blocks) > 1:
+        for trace, tokens in captured:
+            trace.verify(tokens)
+    made, begin = [], 0
+    for layers in blocks:
+        columns = slice(begin, begin + len(layers))
+        crc32 = [
+            0 if t.routing is None
+            else t.routing.crc32 if len(blocks) == 1
+            else checksum(t.routing.experts[:, columns], t.tokens)
+            for t in trajectories
+        ]  # fmt: skip
+        experts = np.concatenate([trace.experts[:, columns] for trace, _ in captured])
+        made.append(RoutingBlock(layers, experts, np.array(crc32, dtype=np.uint32)))
+        begin = columns.stop
+    return tuple(made)
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

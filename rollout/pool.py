@@ -28,7 +28,8 @@ from r3.errors import EngineError, R3Error
 from r3.rollout.engine import EngineSpec
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, RolloutReport
 from r3.rollout.worker import RolloutWorker
-from r3.types import Prompt, SampleFacts
+from r3.transport import BatchRef, BlockRef, split
+from r3.types import Prompt, SampleFacts, layer_blocks
 
 _DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 _CLOSE_TIMEOUT_S = 30.0
@@ -36,12 +37,12 @@ _CLOSE_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One step's samples. `facts` follow the order of the concatenated `batches`, references to `r3.types.Batch`.
+    """One step's samples. `facts` follow the order of the concatenated `batches`, handles of `r3.types.Batch`.
 
     `seconds`: the slowest worker's generation; `score_seconds`, `pack_seconds` likewise. Token counts are sums.
     """
 
-    batches: tuple[ObjectRef, ...]
+    batches: tuple[BatchRef, ...]
     facts: tuple[SampleFacts, ...]
     dropped_samples: tuple[Dropped, ...]
     seconds: float
@@ -86,6 +87,14 @@ class Actor:
         assert self._worker is not None
         return getattr(self._worker, method)(*arguments)
 
+    def produce(self, method: str, blocks: int, *arguments: Any) -> tuple[Any, ...]:
+        """Call a method that returns a report and a `Batch`; return report, core and every block as values apart.
+
+        `blocks`: their number, which a batch without a single record lacks.
+        """
+        report, batch = self.call(method, *arguments)
+        return report, *split(batch, blocks)
+
     def close(self) -> None:
         """Stop the engine, if one was started."""
         if self._worker is not None:
@@ -94,12 +103,15 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A call for one worker, kept so that it can be issued again to the worker's replacement."""
+    """A call for one worker, kept so that it can be issued again to the worker's replacement.
+
+    `blocks`: of a method that returns a report and a `Batch`, in how many blocks its records are.
+    """
 
     worker: int
     method: str
     arguments: tuple[Any, ...]
-    returns: int = 1
+    blocks: int | None = None
 
 
 class RolloutPool:
@@ -156,11 +168,13 @@ class RolloutPool:
         """
         size = self._config.grpo.group_size
         jobs = [
-            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size, step), returns=2)
+            _Job(worker, "generate", (tuple(prompts[begin:end]), begin, size, step), len(self._blocks()))
             for worker, (begin, end) in enumerate(_shares(len(prompts), len(self._actors)))
             if end > begin
         ]
-        outcomes: list[tuple[RolloutReport, ObjectRef]] = [(report, rest[0]) for report, rest in self._run(jobs)]
+        outcomes: list[tuple[RolloutReport, BatchRef]] = [
+            (report, self._batch(references)) for report, references in self._run(jobs)
+        ]
         reports = [report for report, _ in outcomes]
         dropped = tuple(sample for report in reports for sample in report.dropped)
         if dropped:
@@ -191,14 +205,15 @@ class RolloutPool:
         reports: list[EvalReport] = [report for report, _ in self._run(jobs)]
         return [reward for report in reports for reward in report.rewards]
 
-    def canary(self, prompts: Sequence[Prompt]) -> ObjectRef:
+    def canary(self, prompts: Sequence[Prompt]) -> BatchRef:
         """Let every worker prove its capture; return the first one's batch of sampled answers for an audit."""
-        jobs = [_Job(worker, "canary", (tuple(prompts),), returns=2) for worker in range(len(self._actors))]
+        blocks = len(self._blocks())
+        jobs = [_Job(worker, "canary", (tuple(prompts),), blocks) for worker in range(len(self._actors))]
         outcomes = self._run(jobs)
         for worker, (report, _) in enumerate(outcomes):
             assert isinstance(report, CanaryReport)
             self._on_event("rollout_canary", worker=worker, **asdict(report))
-        return outcomes[0][1][0]
+        return self._batch(outcomes[0][1])
 
     def load_weights(self, weights: ObjectRef) -> float:
         """Load the `WeightBuckets` behind a reference into every engine; return the slowest worker's seconds."""
@@ -241,10 +256,20 @@ class RolloutPool:
         return results
 
     def _issue(self, job: _Job) -> tuple[list[ObjectRef], float]:
-        call = self._actors[job.worker].call.options(num_returns=job.returns)
-        references = call.remote(job.method, *job.arguments)
-        deadline = time.monotonic() + self._config.rollout.timeout_s
-        return (references if job.returns > 1 else [references]), deadline
+        actor, deadline = self._actors[job.worker], time.monotonic() + self._config.rollout.timeout_s
+        if job.blocks is None:
+            return [actor.call.remote(job.method, *job.arguments)], deadline
+        # Report, core and blocks: a reader fetches what it needs of them.
+        call = actor.produce.options(num_returns=2 + job.blocks)
+        return call.remote(job.method, job.blocks, *job.arguments), deadline
+
+    def _blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Return the MoE layers of every block of a record; none without capture."""
+        routing = self._config.routing
+        return layer_blocks(self.spec().model.moe_layers, routing.block_layers) if routing.capture else ()
+
+    def _batch(self, references: Sequence[ObjectRef]) -> BatchRef:
+        return BatchRef(references[0], tuple(map(BlockRef, self._blocks(), references[1:])))
 
     def _require_own_death(self, job: _Job, error: BaseException) -> None:
         """A call also fails when the maker of one of its arguments has died; that is no worker to replace."""

@@ -194,10 +194,11 @@ class RolloutWorker:
                     fingerprint=self._spec.model.fingerprint,
                 )
                 for (sample, answer), reward in zip(kept, rewards, strict=True)
-            ]
+            ],
+            self._config.routing.block_layers,
         )
-        if batch.experts is not None:
-            check_constant_layers(batch.experts, batch.layers)
+        for block in batch.blocks:
+            check_constant_layers(block.experts, block.layers)
         return batch
 
 

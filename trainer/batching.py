@@ -8,7 +8,7 @@ those of its context-parallel chunks, and of them for its routers those of its s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from r3.config import TrainerConfig
 from r3.errors import RoutingError
-from r3.routing import ExpertIds, expert_dtype
+from r3.routing import ExpertIds, RoutingTrace, expert_dtype, positions
 from r3.trainer.rows import RowClasses
-from r3.types import Batch, ModelSpec, Trajectory
+from r3.types import Batch, ModelSpec, Record, Trajectory
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -28,13 +28,15 @@ Shares = tuple[tuple[tuple[int, ...], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """Every trajectory of a step and, flat in their order, what belongs to each response token.
+    """Every trajectory of a step, its record and, flat in their order, what belongs to each response token.
 
-    `offsets` int64 `[n + 1]`: where a trajectory's response tokens begin; `rollout_logprobs` float32 `[T]` nats;
-    `advantages` float32 `[T]`.
+    `records`: of each trajectory (whose own `routing` is None) the blocks of layers that this rank got; None where the
+    trajectory was not recorded. `offsets` int64 `[n + 1]`: where a trajectory's response tokens begin;
+    `rollout_logprobs` float32 `[T]` nats; `advantages` float32 `[T]`.
     """
 
     trajectories: tuple[Trajectory, ...]
+    records: tuple[Record | None, ...]
     offsets: Ints
     rollout_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
@@ -45,7 +47,7 @@ class StepBatch:
 
         Raises `RoutingError` when the batches come from another model or the advantages do not fit them.
         """
-        trajectories = tuple(trajectory for batch in batches for trajectory in batch.trajectories())
+        trajectories = tuple(batch.sample(i) for batch in batches for i in range(len(batch)))
         if advantages is None:
             advantages = np.zeros(len(trajectories), np.float32)
         if advantages.shape != (len(trajectories),):
@@ -63,6 +65,7 @@ class StepBatch:
         lengths = np.array([trajectory.response_len for trajectory in trajectories], dtype=np.int64)
         return cls(
             trajectories=trajectories,
+            records=tuple(batch.record(i) for batch in batches for i in range(len(batch))),
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             rollout_logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
             advantages=np.repeat(advantages.astype(np.float32), lengths),
@@ -217,15 +220,16 @@ class _Whole:
     """A microbatch before it is cut to one rank's rows."""
 
     def __init__(self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
-        self.spec, self.form, self.offsets = spec, form, step.offsets
-        self.columns = list(form.columns if form.columns is not None else range(len(spec.moe_layers)))
+        self.spec, self.form, self.offsets, self.records = spec, form, step.offsets, step.records
+        columns = form.columns if form.columns is not None else range(len(spec.moe_layers))
+        self.layers = {spec.moe_layers[column]: local for local, column in enumerate(columns)}
         self.tokens, self.labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
         self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
         self.pads = np.ones(shape, np.bool_)
-        captured = any(trajectory.routing is not None for trajectory in step.trajectories)
+        captured = any(record is not None for record in step.records)
         dtype = expert_dtype(spec.num_experts)
-        self.experts = np.zeros((*shape, len(self.columns), spec.top_k), dtype) if captured else None
+        self.experts = np.zeros((*shape, len(self.layers), spec.top_k), dtype) if captured else None
         self.rows = RowClasses(pads=shape[0] * shape[1])
 
     def place(self, i: int, trajectory: Trajectory, b: int, begin: int) -> None:
@@ -236,11 +240,16 @@ class _Whole:
         trained = slice(begin + prompt - 1, begin + size - 1)
         self.targets[b, trained] = np.arange(self.offsets[i], self.offsets[i + 1])
         self.pads[b, begin : begin + size] = False
-        found = 0
-        if trajectory.routing is not None and self.experts is not None:
-            where = begin + positions_of_record(trajectory, self.spec)
-            self.experts[b, where] = trajectory.routing.experts[:, self.columns]
+        found, record = 0, self.records[i]
+        if record is not None and self.experts is not None:
+            blocks = needed_blocks(trajectory, record, self.spec, self.layers)
+            where = begin + positions(record.spans)
             self.recorded[b, where], found = True, len(where)
+            for block in blocks:
+                # Straight out of the object store: a block is never joined with others or copied as a whole.
+                columns = [column for column, layer in enumerate(block.layers) if layer in self.layers]
+                local = [self.layers[block.layers[column]] for column in columns]
+                self.experts[b][where[:, None], local] = block.experts[:, columns]
         self.rows += RowClasses(rows=size, required=found, missing=size - 1 - found, pads=-size)
 
     def cut(self, lengths: Sequence[int]) -> MicroBatch:
@@ -299,31 +308,38 @@ def equal_shapes(step: StepBatch, plans: Sequence[Shares], form: Form) -> Form:
     return replace(form, at_least=(max(rows for rows, _ in shapes), max(length for _, length in shapes)))
 
 
-def positions_of_record(trajectory: Trajectory, spec: ModelSpec) -> Ints:
-    """Check a trajectory's record against the model and its own tokens; return the position of every row, `[rows]`.
+def needed_blocks(
+    trajectory: Trajectory, record: Record, spec: ModelSpec, layers: Collection[int]
+) -> list[RoutingTrace]:
+    """Return the blocks that hold any of a rank's `layers`, checked against the model and the trajectory's own tokens.
 
-    Raises `RoutingError` that names the trajectory.
+    Raises `RoutingError` that names the trajectory, also when a layer is in none of the blocks.
     """
-    trace = trajectory.routing
-    assert trace is not None
-    made_for = (trace.layers, trace.num_experts, trace.top_k)
-    if made_for != (spec.moe_layers, spec.num_experts, spec.top_k):
-        raise RoutingError(
-            f"{name(trajectory)}: the record is for layers, experts, top-k {made_for}, "
-            f"the model has {(spec.moe_layers, spec.num_experts, spec.top_k)}"
-        )
-    try:
-        trace.validate(len(trajectory.tokens))
-        trace.verify(trajectory.tokens)
-    except RoutingError as error:
-        raise RoutingError(f"{name(trajectory)}: {error}") from error
-    return trace.positions()
+    needed = [block for block in record.blocks if not set(layers).isdisjoint(block.layers)]
+    for block in record.blocks:
+        fitting = tuple(layer for layer in spec.moe_layers if layer in block.layers)
+        if (block.layers, block.num_experts, block.top_k) != (fitting, spec.num_experts, spec.top_k):
+            raise RoutingError(
+                f"{name(trajectory)}: the record is for layers, experts, top-k "
+                f"{(block.layers, block.num_experts, block.top_k)}, "
+                f"the model has {(spec.moe_layers, spec.num_experts, spec.top_k)}"
+            )
+    absent = sorted(set(layers).difference(*(block.layers for block in needed)))
+    if absent:
+        raise RoutingError(f"{name(trajectory)}: the blocks of its record that came lack MoE layers {absent}")
+    for block in needed:
+        try:
+            block.validate(len(trajectory.tokens))
+            block.verify(trajectory.tokens)
+        except RoutingError as error:
+            raise RoutingError(f"{name(trajectory)}: {error}") from error
+    return needed
 
 
 def require_records(step: StepBatch) -> None:
     """Raise `RoutingError` when a trajectory has no routing record although replay needs one."""
-    for trajectory in step.trajectories:
-        if trajectory.routing is None:
+    for trajectory, record in zip(step.trajectories, step.records, strict=True):
+        if record is None:
             raise RoutingError(f"{name(trajectory)} has no routing record; replay.mode is r3, so each one needs it")
 
 

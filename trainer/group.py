@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import CheckpointError, EngineError, R3Error
 from r3.trainer.outcome import Rehearsal
-from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
+from r3.transport import BatchRef, Fetched, fetch, transport_metrics
+from r3.types import ModelSpec, StepResult, WeightBuckets
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
 _SETTLE_S = 2.0
@@ -58,19 +60,22 @@ class TrainerRank:
         """See `TrainerWorker`."""
         return self._worker.versions()
 
-    def audit(self, *batches: Batch) -> dict[str, float]:
-        """See `TrainerWorker`."""
-        return self._worker.audit(*batches)
+    def audit(self, batches: Sequence[BatchRef]) -> tuple[dict[str, float], Fetched]:
+        """Fetch this rank's part of the batches; see `TrainerWorker`."""
+        found, fetched = fetch(batches, self._worker.layers)
+        return self._worker.audit(*found), fetched
 
     def step(
-        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, *batches: Batch
-    ) -> StepResult | None:
-        """See `TrainerWorker`."""
-        return self._worker.step(step, advantages, counterfactual, *batches)
+        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, batches: Sequence[BatchRef]
+    ) -> tuple[StepResult | None, Fetched]:
+        """Fetch this rank's part of the batches; see `TrainerWorker`."""
+        found, fetched = fetch(batches, self._worker.layers)
+        return self._worker.step(step, advantages, counterfactual, *found), fetched
 
-    def rehearse(self, advantages: NDArray[np.float32], *batches: Batch) -> Rehearsal:
-        """See `TrainerWorker`."""
-        return self._worker.rehearse(advantages, *batches)
+    def rehearse(self, advantages: NDArray[np.float32], batches: Sequence[BatchRef]) -> tuple[Rehearsal, Fetched]:
+        """Fetch this rank's part of the batches; see `TrainerWorker`."""
+        found, fetched = fetch(batches, self._worker.layers)
+        return self._worker.rehearse(advantages, *found), fetched
 
     def export(self) -> tuple[int, WeightBuckets | None]:
         """Return the weight version and, as an object of its own, the weights: the driver fetches the first alone."""
@@ -138,19 +143,24 @@ class TrainerGroup:
         """Return what rank 0 runs on."""
         return self._wait([self._ranks[0].versions.remote()], "versions", time.monotonic() + self._timeout)[0]
 
-    def audit(self, batches: Sequence[ray.ObjectRef]) -> Mapping[str, float]:
-        """Compare engine and trainer on captured batches; see `TrainerWorker.audit`."""
-        return self._all("audit", *batches)[0]
+    def audit(self, batches: Sequence[BatchRef]) -> Mapping[str, float]:
+        """Compare engine and trainer on captured batches; see `TrainerWorker.audit`. Adds `transport/*`."""
+        reports, fetched = zip(*self._all("audit", batches), strict=True)
+        return {**reports[0], **transport_metrics(fetched)}
 
     def step(
-        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, batches: Sequence[ray.ObjectRef]
+        self, step: int, advantages: NDArray[np.float32], counterfactual: bool, batches: Sequence[BatchRef]
     ) -> StepResult:
-        """Train one step; the batches go to the ranks as references, which Ray maps into them without a copy."""
-        return self._all("step", step, advantages, counterfactual, *batches)[0]
+        """Train one step; every rank fetches the blocks of its own layers, which Ray maps into it without a copy."""
+        results, fetched = zip(*self._all("step", step, advantages, counterfactual, batches), strict=True)
+        return replace(results[0], metrics={**results[0].metrics, **transport_metrics(fetched)})
 
-    def rehearse(self, advantages: NDArray[np.float32], batches: Sequence[ray.ObjectRef]) -> Rehearsal:
-        """Run one forced-routing step of known outcome and return it as rank 0 has it; for `r3.doctor replay`."""
-        return self._all("rehearse", advantages, *batches)[0]
+    def rehearse(
+        self, advantages: NDArray[np.float32], batches: Sequence[BatchRef]
+    ) -> tuple[Rehearsal, Mapping[str, float]]:
+        """Run one forced-routing step of known outcome; return it as rank 0 has it, and `transport/*`."""
+        results, fetched = zip(*self._all("rehearse", advantages, batches), strict=True)
+        return results[0], transport_metrics(fetched)
 
     def export(self) -> ray.ObjectRef:
         """Return a reference to the new weights (`WeightBuckets`), ready in the object store."""

@@ -90,6 +90,13 @@ def sum_over_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return total.numpy()
 
 
+def max_over_ranks(value: float) -> float:
+    """Return the largest value of all ranks, the same on every rank."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def sum_over_model(values: torch.Tensor) -> torch.Tensor:
     """Sum `values` in place over the ranks that hold one data-parallel replica: tensor, context and pipeline."""
     for group in (

@@ -1,7 +1,8 @@
 """One trainer rank: everything between receiving rollout batches and handing out new weights.
 
 A plain class; `r3.trainer.group` runs it as a Ray actor. All methods that take batches are collective: every rank
-calls them with the same arguments, works on its own share, and ends up with the same numbers.
+calls them with the same arguments, of which the batches may lack blocks of routing that hold none of the rank's own
+layers, works on its own share, and ends up with the same numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from r3 import metrics
 from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.metrics import RouterCounts
+from r3.routing import ExpertIds
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step, require_records
 from r3.trainer.convert import export_weights
@@ -103,6 +105,11 @@ class TrainerWorker:
     def spec(self) -> ModelSpec:
         """Return the facts of the model in training."""
         return self._arch.spec
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Global index of every MoE layer in this rank's part of the model."""
+        return tuple(self._arch.spec.moe_layers[column] for column in self.policy.replay.columns)
 
     def versions(self) -> dict[str, str]:
         """Return the versions of what this rank runs on."""
@@ -237,10 +244,8 @@ class TrainerWorker:
             **self._mismatch("mismatch", step, old),
             **metrics.disagreement(old.counts, "shadow" if use.force else "native", layers),
         }
-        experts = [t.routing.experts for t in step.trajectories if t.routing is not None]
-        if experts:
-            load = metrics.load_max_over_mean(np.concatenate(experts), self._arch.spec.num_experts)
-            report["router/load_max_over_mean"] = load
+        if any(record is not None for record in step.records):
+            report["router/load_max_over_mean"] = self._worst_load(step)
         if native is None:
             return report
         plain = metrics.mismatch(native.logprobs, step.rollout_logprobs, step.response_lengths)
@@ -252,6 +257,16 @@ class TrainerWorker:
             **metrics.disagreement(native.counts, "native", layers),
             **metrics.lag_overlap(native.counts),
         }
+
+    def _worst_load(self, step: StepBatch) -> float:
+        """Return the load imbalance of the worst layer, which any rank may hold; a block at a time."""
+        parts: dict[tuple[int, ...], list[ExpertIds]] = {}
+        for record in step.records:
+            for block in record.blocks if record else ():
+                parts.setdefault(block.layers, []).append(block.experts)
+        experts = self._arch.spec.num_experts
+        loads = (metrics.load_max_over_mean(np.concatenate(part), experts) for part in parts.values())
+        return parallel.max_over_ranks(max(loads, default=0.0))
 
     def _update_metrics(self, step: StepBatch, old: _Pass, updates: Sequence[Update]) -> Metrics:
         counts = [old.counts, *(counts_over_ranks(update.counts) for update in updates)]

@@ -14,6 +14,7 @@ from r3.config import Config, load_config
 from r3.metrics import bootstrap_interval
 from r3.routing import RoutingTrace
 from r3.tasks import open_task
+from r3.transport import BatchRef
 from r3.types import Batch, Trajectory
 
 pytestmark = pytest.mark.e2e
@@ -84,11 +85,9 @@ def reverse(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 @pytest.mark.parametrize("defect", [shift, neighbour, reverse])
 def test_wrong_records_raise_k3_a_hundredfold(bridge: Bridge, defect: Callable[..., Any]) -> None:
-    import ray
-
-    batch = ray.get(bridge.batches[0])
+    batch = bridge.batches[0].get()
     right = bridge.audit([bridge.batches[0]])["mismatch/k3"]
-    wrong = bridge.audit([ray.put(Batch.pack(defect(batch.trajectories())))])
+    wrong = bridge.audit([BatchRef.put(Batch.pack(defect(batch.trajectories())))])
     assert wrong["mismatch/k3"] > 100 * right
     if defect is shift:
         assert wrong["router/lag_margin"] < 0

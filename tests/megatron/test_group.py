@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 import ray
 
 from r3.errors import ConfigError, EngineError, RoutingError
+from r3.metrics import load_max_over_mean
 from r3.trainer.group import TrainerGroup
-from r3.types import ModelSpec, WeightBuckets
-from tests.megatron.toys import make_advantages, make_batch, make_config
+from r3.transport import BatchRef
+from r3.types import Batch, ModelSpec, WeightBuckets
+from tests.megatron.toys import joined_worker, make_advantages, make_batch, make_config
 
 pytestmark = [pytest.mark.megatron, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -28,7 +31,7 @@ def is_weights(weights: object) -> tuple[bool, int, int]:
 def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: Path) -> None:
     spec = ModelSpec.from_directory(model_dir)
     batch = make_batch(spec)
-    refs = [ray.put(batch)]
+    refs = [BatchRef.put(batch)]
     with TrainerGroup(make_config(trainer={"processes": 2}), model_dir) as group:
         assert group.spec() == spec
         assert group.versions()["device"] == "cpu"
@@ -36,6 +39,8 @@ def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: P
         result = group.step(1, make_advantages(batch), True, refs)
         assert (result.step, result.weight_version) == (1, 1)
         assert result.metrics["router/coverage"] == 1
+        assert result.metrics["transport/node_copies"] == 1, "the ranks hold copies of their own"
+        assert result.metrics["transport/get_s"] > 0
         _, version, size = ray.get(ray.remote(is_weights).remote(group.export()))
         assert version == 1
         assert size > 100_000
@@ -47,6 +52,47 @@ def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: P
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="trainer rank 1 died in 'step'"):
             group.step(2, make_advantages(batch), False, refs)
+
+
+def test_a_pipeline_stage_fetches_its_own_layers_and_the_step_is_the_same(model_dir: Path) -> None:
+    spec = ModelSpec.from_directory(model_dir)
+    samples = make_batch(spec).trajectories()
+    whole, halves, uneven = (Batch.pack(samples, size) for size in (4, 2, 3))
+    row = sum(len(t.tokens) - 1 for t in samples) * spec.top_k
+
+    def timeless(found: Mapping[str, float]) -> dict[str, float]:
+        return {k: v for k, v in found.items() if not k.endswith(("_s", "per_s"))}
+
+    with joined_worker(make_config(), model_dir) as worker:
+        alone = worker.step(1, make_advantages(whole), True, whole)
+        assert alone is not None
+        assert worker.layers == (0, 1, 2, 3)
+    trainer = {"processes": 2, "pipeline_parallel": 2}
+    with TrainerGroup(make_config(trainer=trainer), model_dir) as group:
+        first = {}
+        for batch, layers in (
+            (whole, [[range(4)]] * 2),
+            (halves, [[(0, 1)], [(2, 3)]]),
+            (uneven, [[range(3)], [range(3), (3,)]]),
+        ):
+            (report, *fetched), *others = group._all("audit", [BatchRef.put(batch)])
+            got = [*fetched, *(other for _, other in others)]
+            assert [[block.layers for block in rank.blocks] for rank in got] == [
+                [tuple(b) for b in of] for of in layers
+            ]
+            assert [[block.nbytes for block in rank.blocks] for rank in got] == [
+                [row * len(b) for b in of] for of in layers
+            ]
+            first = first or report
+            assert report == first, "the blocks change what is computed"
+        found = group.step(1, make_advantages(whole), True, [BatchRef.put(halves)]).metrics
+    assert found["transport/node_copies"] == 1
+    expected = timeless(alone.metrics)
+    assert timeless(found).keys() - expected.keys() == {"transport/node_copies"}
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    experts = np.concatenate([t.routing.experts for t in samples if t.routing])
+    assert found["router/load_max_over_mean"] == load_max_over_mean(experts, spec.num_experts)
 
 
 def test_the_driver_needs_no_torch() -> None:

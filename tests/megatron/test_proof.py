@@ -46,13 +46,14 @@ def rehearsal() -> Rehearsal:
     return Rehearsal(1.0, np.zeros(5), 3.0, tensors, tensors, counts, False, 0.0)
 
 
-def failed(found: Rehearsal) -> list[str]:
-    return [check.name for check in compare(found, rehearsal(), LIMITS["float32"]) if check.state == "FAIL"]
+def failed(found: Rehearsal, copies: float = 1) -> list[str]:
+    return [check.name for check in compare(found, rehearsal(), LIMITS["float32"], copies) if check.state == "FAIL"]
 
 
 def test_every_difference_fails_its_own_check() -> None:
     same = rehearsal()
     assert failed(same) == []
+    assert failed(same, copies=2) == ["memory"]
     for fault in ({"replayed": 8}, {"mismatched_ids": 1}, {"missing": 1}, {"required": 10, "replayed": 10}):
         assert failed(replace(same, counts=replace(same.counts, **fault))) == ["ids replayed"]
     assert failed(replace(same, counts=replace(same.counts, disagree_any=1))) == ["own choice"]

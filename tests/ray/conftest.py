@@ -19,9 +19,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., Config]:
-    """Config of a fake engine; keyword arguments are keys of `rollout`, except `faults` and `on_error`."""
+    """Config of a fake engine; keyword arguments are keys of `rollout`, except `faults` and `routing`'s."""
 
-    def make(faults: dict[str, Any] | None = None, on_error: str = "fail", **rollout: Any) -> Config:
+    def make(
+        faults: dict[str, Any] | None = None, on_error: str = "fail", block_layers: int = 8, **rollout: Any
+    ) -> Config:
         return Config.model_validate(
             {
                 "task": {
@@ -37,7 +39,7 @@ def make_config() -> Callable[..., Config]:
                     "timeout_s": 120,
                 }
                 | rollout,
-                "routing": {"on_error": on_error},
+                "routing": {"on_error": on_error, "block_layers": block_layers},
                 "grpo": {"group_size": 3},
             }
         )

@@ -41,9 +41,7 @@ def healthy(ray_session: None, make_config: MakeConfig, model_dir: Path) -> Iter
 
 
 def fetched(rollout_batches: tuple[Any, ...]) -> list[Batch]:
-    import ray
-
-    return ray.get(list(rollout_batches))
+    return [batch.get() for batch in rollout_batches]
 
 
 def test_facts_follow_the_batches_of_all_workers(healthy: tuple[RolloutPool, Events]) -> None:
@@ -59,29 +57,44 @@ def test_facts_follow_the_batches_of_all_workers(healthy: tuple[RolloutPool, Eve
     assert rollout.groups.tolist() == [f.group for f in rollout.facts]
     assert evaluated == [1000 * prompt.index + 2 for prompt in PROMPTS]
     assert rollout.response_tokens == sum(f.response_tokens for f in rollout.facts)
-    assert rollout.routing_bytes == sum(batch.experts.nbytes for batch in batches)
+    assert rollout.routing_bytes == sum(batch.routing_bytes for batch in batches)
 
 
 def test_a_real_batch_stays_in_the_object_store_and_is_read_without_a_copy(
     healthy: tuple[RolloutPool, Events],
 ) -> None:
-    import ray
-
     pool, _ = healthy
     rollout = pool.generate(tuple(Prompt(i, f"{'x' * 200}{i}", "") for i in range(64)), 1)
-    reference = rollout.batches[0]
-    batch = ray.get(reference)
-    again = ray.get(reference)
+    batch, again = rollout.batches[0].get(), rollout.batches[0].get()
 
     assert batch.routing_bytes > INLINE_LIMIT
-    for name in ("experts", "tokens", "logprobs"):
-        array, other = getattr(batch, name), getattr(again, name)
+    arrays = {"tokens": lambda b: b.tokens, "logprobs": lambda b: b.logprobs, "experts": lambda b: b.blocks[0].experts}
+    for name, read in arrays.items():
+        array, other = read(batch), read(again)
         assert not array.flags.writeable
         assert not array.flags.owndata
         assert array.ctypes.data == other.ctypes.data, f"{name} was copied out of shared memory"
     routing = batch.trajectory(50).routing
-    assert np.shares_memory(routing.experts, batch.experts)
+    assert np.shares_memory(routing.experts, batch.blocks[0].experts)
     routing.verify(batch.trajectory(50).tokens)
+
+
+@pytest.mark.parametrize(("capture", "layers"), [(True, [(0, 1, 2), (3,)]), (False, [])])
+def test_core_and_blocks_are_objects_of_their_own(
+    make_config: MakeConfig, model_dir: Path, capture: bool, layers: list[tuple[int, ...]]
+) -> None:
+    import ray
+
+    config = make_config(block_layers=3).model_dump()
+    config["routing"]["capture"], config["replay"]["mode"] = capture, "r3" if capture else "none"
+    with RolloutPool(Config.model_validate(config), model_dir) as pool:
+        rollout, canary = pool.generate(PROMPTS, 1), pool.canary(PROMPTS) if capture else None
+        for handle in (*rollout.batches, *([canary] if canary else [])):
+            assert [block.layers for block in handle.blocks] == layers
+            assert ray.get(handle.core).blocks == ()
+            assert [ray.get(block.ref).layers for block in handle.blocks] == layers
+            assert all((t.routing is not None) == capture for t in handle.get().trajectories())
+    assert (rollout.routing_bytes > 0) == capture
 
 
 def test_dropped_samples_are_reported_once_per_step(make_config: MakeConfig, model_dir: Path) -> None:

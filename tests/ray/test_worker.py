@@ -38,7 +38,7 @@ def test_samples_come_group_by_group_with_their_own_reward_and_routing(
         assert trajectory.routing.rows == len(trajectory.tokens) - 1
         trajectory.routing.verify(trajectory.tokens)
     assert report.response_tokens == sum(t.response_len for t in trajectories)
-    assert report.routing_bytes == batch.experts.nbytes
+    assert report.routing_bytes == sum(block.experts.nbytes for block in batch.blocks)
     assert report.routing_rows == len(batch.tokens) - len(batch)
 
 
@@ -104,7 +104,7 @@ def test_a_run_without_capture_has_no_routing(make_config: MakeConfig, model_dir
     )
     report, batch = worker(config, model_dir).generate(PROMPTS, 0, 2)
 
-    assert batch.experts is None
+    assert batch.blocks == ()
     assert report.routing_bytes == report.routing_rows == 0
     assert len(report.facts) == 16
 
@@ -132,5 +132,6 @@ def test_a_prompt_without_tokens_is_refused(make_config: MakeConfig, model_dir: 
 def test_record_arrays_are_narrow_and_contiguous(make_config: MakeConfig, model_dir: Path) -> None:
     _, batch = worker(make_config(), model_dir).generate(PROMPTS, 0, 3)
 
-    assert batch.experts.dtype == np.uint8
-    assert batch.experts.flags.c_contiguous
+    (block,) = batch.blocks
+    assert block.experts.dtype == np.uint8
+    assert block.experts.flags.c_contiguous

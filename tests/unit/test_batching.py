@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -11,19 +12,21 @@ from hypothesis import strategies as st
 
 from r3.errors import RoutingError
 from r3.routing import RoutingTrace
-from r3.trainer.batching import StepBatch, microbatch, require_records, share
-from r3.types import Batch, ModelSpec, Trajectory
+from r3.trainer.batching import Form, StepBatch, microbatch, require_records, share
+from r3.types import Batch, ModelSpec, Record, Trajectory
 
 SPEC = ModelSpec("qwen3_moe", 4, (1, 3), 16, 3, 8, 100)
 
 
-def trajectory(group: int = 0, member: int = 0, prompt: int = 3, response: int = 4, seed: int = 0) -> Trajectory:
+def trajectory(
+    group: int = 0, member: int = 0, prompt: int = 3, response: int = 4, seed: int = 0, spec: ModelSpec = SPEC
+) -> Trajectory:
     rng = np.random.default_rng([seed, group, member])
     tokens = rng.integers(0, 100, prompt + response).astype(np.int32)
-    wide = np.argsort(rng.random((len(tokens) - 1, 2, 16)), -1)[..., :3]
-    trace = RoutingTrace.record(wide, tokens, layers=(1, 3), num_experts=16, weight_version=0, engine="test")
+    wide = np.argsort(rng.random((len(tokens) - 1, len(spec.moe_layers), 16)), -1)[..., :3]
+    trace = RoutingTrace.record(wide, tokens, layers=spec.moe_layers, num_experts=16, weight_version=0, engine="test")
     logprobs = -rng.random(response).astype(np.float32)
-    return Trajectory(group, member, tokens, prompt, logprobs, trace, 0.0, "stop", 0, SPEC.fingerprint)
+    return Trajectory(group, member, tokens, prompt, logprobs, trace, 0.0, "stop", 0, spec.fingerprint)
 
 
 def step_of(*trajectories: Trajectory) -> StepBatch:
@@ -76,9 +79,9 @@ def test_rows_are_aligned() -> None:
     made = microbatch(step, [1, 0], SPEC)
     assert made.tokens.shape == (2, 7)
     for b, i in enumerate([1, 0]):
-        sample = step.trajectories[i]
+        sample, record = step.trajectories[i], step.records[i]
         last = len(sample.tokens) - 1
-        assert sample.routing is not None
+        assert record is not None
         for t, token in enumerate(sample.tokens):
             assert made.tokens[b, t] == token
             assert made.positions[b, t] == t
@@ -88,7 +91,7 @@ def test_rows_are_aligned() -> None:
                 continue
             assert made.labels[b, t] == sample.tokens[t + 1]
             assert made.recorded[b, t]
-            np.testing.assert_array_equal(made.experts[b, t], sample.routing.experts[t])
+            np.testing.assert_array_equal(made.experts[b, t], record.blocks[0].experts[t])
             predicted = t + 1 - sample.prompt_len
             if predicted < 0:
                 assert made.targets[b, t] == -1
@@ -113,6 +116,50 @@ def test_a_gap_in_the_record_counts_as_missing() -> None:
     assert made.recorded[0].tolist() == [True, True, False, False, True, True, False]
     np.testing.assert_array_equal(made.experts[0, [0, 1, 4, 5]], sample.routing.experts[[0, 1, 4, 5]])
     assert (made.rows.required, made.rows.missing) == (4, 2)
+
+
+DEEP = ModelSpec("qwen3_moe", 9, (1, 3, 4, 6, 7, 8), 16, 3, 8, 100)
+
+
+def deep_step(size: int | None, layers: Collection[int] = DEEP.moe_layers) -> StepBatch:
+    """Two samples in blocks of `size` layers, of which those with any of `layers` are at hand."""
+    batch = Batch.pack([trajectory(group, response=3 + group, spec=DEEP) for group in range(2)], size)
+    at_hand = tuple(block for block in batch.blocks if not set(layers).isdisjoint(block.layers))
+    return StepBatch.join([replace(batch, blocks=at_hand)], None, DEEP)
+
+
+@given(st.integers(1, 7), st.sets(st.integers(0, 5)), st.booleans(), st.tuples(st.integers(0, 1), st.just(2)))
+def test_a_stage_needs_only_the_blocks_with_its_layers(
+    size: int, columns: set[int], packed: bool, context: tuple[int, int]
+) -> None:
+    form = Form(packed=packed, context=context, columns=tuple(sorted(columns)))
+    layers = [DEEP.moe_layers[column] for column in columns]
+    expected = microbatch(deep_step(None), [1, 0], DEEP, form)
+    found = microbatch(deep_step(size, layers), [1, 0], DEEP, form)
+    assert found.experts is not None
+    assert found.experts.shape[2] == len(columns)
+    np.testing.assert_array_equal(found.experts, expected.experts)
+    np.testing.assert_array_equal(found.recorded, expected.recorded)
+    assert found.rows == expected.rows
+
+
+def test_a_block_that_did_not_come_is_named() -> None:
+    with pytest.raises(RoutingError, match=r"group 0, member 0.*lack MoE layers \[4, 6, 7\]"):
+        microbatch(deep_step(1, layers=(1, 3, 8)), [0], DEEP)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_every_block_that_is_used_is_verified(broken: int) -> None:
+    step = deep_step(2)
+    record = step.records[0]
+    assert record is not None
+    blocks = list(record.blocks)
+    blocks[broken] = replace(blocks[broken], experts=np.roll(blocks[broken].experts, 1, axis=0))
+    step = replace(step, records=(Record(record.spans, tuple(blocks)), step.records[1]))
+    with pytest.raises(RoutingError, match=r"group 0, member 0.*checksum"):
+        microbatch(step, [0], DEEP, Form(columns=(1, 2, 5)))
+    others = tuple(column for column in range(6) if column // 2 != broken)
+    assert microbatch(step, [0], DEEP, Form(columns=others)).recorded.any()
 
 
 def test_an_empty_microbatch_is_one_pad() -> None:
@@ -149,7 +196,7 @@ def broken_records(sample: Trajectory) -> dict[str, tuple[RoutingTrace, str]]:
 def test_broken_records_are_refused_by_name(kind: str) -> None:
     sample = trajectory(group=5, member=2)
     trace, message = broken_records(sample)[kind]
-    step = replace(step_of(sample), trajectories=(replace(sample, routing=trace),))
+    step = replace(step_of(sample), records=(Record(trace.spans, (trace,)),))
     with pytest.raises(RoutingError, match=r"group 5, member 2") as error:
         microbatch(step, [0], SPEC)
     assert message in str(error.value)

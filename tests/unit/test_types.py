@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from r3.errors import ConfigError, RoutingError
-from r3.types import Batch, ModelSpec
+from r3.types import Batch, ModelSpec, layer_blocks
 from tests.unit.strategies import trajectories, trajectory
 
 CONFIG = {
@@ -50,12 +52,62 @@ def test_trajectories_are_views_into_the_batch():
     last = batch.trajectory(2)
     assert np.shares_memory(last.tokens, batch.tokens)
     assert np.shares_memory(last.logprobs, batch.logprobs)
-    assert np.shares_memory(last.routing.experts, batch.experts)
+    assert np.shares_memory(last.routing.experts, batch.blocks[0].experts)
+
+
+@given(trajectories(), st.integers(1, 5))
+def test_a_record_in_blocks_is_the_record(packed, size):
+    batch = Batch.pack(packed, size)
+    captured = [t for t in packed if t.routing is not None]
+    assert [block.layers for block in batch.blocks] == (list(layer_blocks(range(4), size)) if captured else [])
+    assert batch.routing_bytes == sum(t.routing.experts.nbytes for t in captured)
+    for i, before in enumerate(packed):
+        record, after = batch.record(i), batch.trajectory(i)
+        assert (record is None) == (after.routing is None) == (before.routing is None)
+        if record is None:
+            continue
+        for block, whole in zip(record.blocks, batch.blocks, strict=True):
+            # Every block stands for itself: its rows and checksum need no other one.
+            block.validate(len(before.tokens))
+            block.verify(before.tokens)
+            assert np.shares_memory(block.experts, whole.experts)
+            assert whole.experts.flags.c_contiguous
+        assert after.routing.layers == before.routing.layers
+        assert np.array_equal(after.routing.experts, before.routing.experts)
+        assert (after.routing.crc32, after.routing.spans) == (before.routing.crc32, before.routing.spans)
+
+
+@given(trajectories(), st.sets(st.integers(0, 3)))
+def test_some_blocks_are_the_record_of_their_layers(packed, kept):
+    whole = Batch.pack(packed, 1)
+    batch = replace(whole, blocks=tuple(block for block in whole.blocks if block.layers[0] in kept))
+    assert batch.facts() == whole.facts()
+    for i, before in enumerate(packed):
+        record = batch.record(i)
+        assert (record is None) == (before.routing is None)
+        if record is not None:
+            assert record.spans == before.routing.spans
+            assert [block.layers for block in record.blocks] == [(layer,) for layer in sorted(kept)]
+            for block in record.blocks:
+                assert np.array_equal(block.experts[:, 0], before.routing.experts[:, block.layers[0]])
+
+
+def test_a_wrong_record_is_refused_before_it_is_cut():
+    right = trajectory(np.random.default_rng(0), 0, 3, 4)
+    wrong = replace(right, routing=replace(right.routing, crc32=right.routing.crc32 ^ 1))
+    with pytest.raises(RoutingError, match="checksum"):
+        Batch.pack([wrong], 2)
+
+
+def test_a_block_of_another_batch_is_refused():
+    generator = np.random.default_rng(0)
+    one, other = (Batch.pack([trajectory(generator, 0, 3, 4)], 2) for _ in range(2))
+    mixed = replace(one, blocks=(one.blocks[0], other.blocks[1]))
+    with pytest.raises(RoutingError, match="checksum"):
+        mixed.trajectory(0)
 
 
 def test_records_of_different_engines_are_not_packed_together():
-    from dataclasses import replace
-
     generator = np.random.default_rng(0)
     first, second = (trajectory(generator, i, 3, 4) for i in range(2))
     second = replace(second, routing=replace(second.routing, engine="other 2"))
