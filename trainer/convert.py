@@ -260,7 +260,9 @@ def export_weights(
         rule, sources = find_rule(name, arch.spec.model_type)
         pieces = [_fetch(held.get((name, part)), owners[name, part], rank, value) for part in range(parts)]
         if rank == 0:
-            whole = join_weight([piece for piece in pieces if piece is not None], rule.cut)
+            # What other ranks sent is on the host, rank 0's own part on its device.
+            found = [piece if parts == 1 else piece.cpu() for piece in pieces if piece is not None]
+            whole = join_weight(found, rule.cut)
             yield from zip(sources, rule.split(arch, whole), strict=True)
 
 

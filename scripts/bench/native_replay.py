@@ -30,12 +30,13 @@ from r3.errors import RoutingError
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch
 from r3.trainer.model import Architecture
+from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.trainer.policy import Policy, RoutingUse
 from r3.types import Batch, ModelSpec, Trajectory
 from scripts.bench.replay_time import SIZES, laid_out
 from scripts.bench.replay_time import make_batch as long_batch
 from tests.gloo_pool import GlooPool
-from tests.megatron.layouts import VPP, Outcome, layout_config, run_layout, worst_difference
+from tests.megatron.layouts import VPP, layout_config, run_layout
 from tests.megatron.native import SPOILED, NativeReplay, native_policy, run_native
 from tests.megatron.toys import gradients, make_advantages, make_batch, make_config, prepare, write_model
 
@@ -49,7 +50,7 @@ def right(directory: Path) -> None:
     print("| layout, full recompute | R3: loss, gradient diff. | native: loss, gradient diff. |\n|---|---|---|")
     with GlooPool(1) as alone, GlooPool(2) as pool:
         plain = layout_config({}, 1, trainer={"packed": False, "micro_batch_size": 64})
-        expected: Outcome = alone.run(run_layout, plain, directory, batch)[0]
+        expected: Rehearsal = alone.run(run_layout, plain, directory, batch)[0]
         for name, changes in ({"one process": {}} | LAYOUTS).items():
             ranks = 1 if name == "one process" else 2
             config = layout_config(changes, ranks, trainer={"recompute": "full", "micro_batch_size": 2})

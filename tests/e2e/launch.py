@@ -75,7 +75,17 @@ def child_environment(mark: str, **changes: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     # `ray start` asks for a token by default; a token file would lie in the home directory of whoever runs the tests.
     auth = {"RAY_AUTH_MODE": "disabled"}
-    return {**kept, **auth, "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "offline", MARK: mark, **changes}
+    # A job's entry point says `python`: the one that runs the tests.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {
+        **kept,
+        **auth,
+        "PATH": path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "WANDB_MODE": "offline",
+        MARK: mark,
+        **changes,
+    }
 
 
 def steps(run: Path) -> list[int]:

@@ -19,12 +19,14 @@ from r3.config import Config
 from r3.trainer import build, policy
 from r3.trainer.megatron import TopKRouter
 from r3.trainer.model import Architecture
+from r3.trainer.outcome import Rehearsal
 from r3.trainer.policy import Policy, RoutingUse
+from r3.trainer.rehearsal import rehearse
 from r3.trainer.replay import MicrobatchRouting, router_order
 from r3.trainer.tally import Tally
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import arranged
-from tests.megatron.layouts import Outcome, run_policy
+from tests.megatron.layouts import laid_out
 
 Ids = list[torch.Tensor]
 
@@ -125,10 +127,11 @@ def native_policy(config: Config, directory: Path) -> Policy:
         return Policy(config, Architecture.from_directory(directory), directory, updates=10)
 
 
-def run_native(config: Config, directory: Path, batch: Batch) -> Outcome:
+def run_native(config: Config, directory: Path, batch: Batch) -> Rehearsal:
     """`run_layout` with Megatron-core's own replay; collective over the ranks of the pool."""
     with arranged(config.trainer):
-        return run_policy(native_policy(config, directory), config, batch, RoutingUse(force=True))
+        policy = native_policy(config, directory)
+        return rehearse(policy, *laid_out(policy, config, batch), RoutingUse(force=True))
 
 
 Spoiler = Callable[[Ids], Ids]

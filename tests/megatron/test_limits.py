@@ -19,12 +19,13 @@ import torch
 from r3.errors import ConfigError, RoutingError
 from r3.routing import RoutingTrace
 from r3.trainer.model import Architecture, build_model, transformer_config
+from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.replay import ReplayContext, ReplayRouter, router_order
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
 from tests.megatron import test_replay, test_routers
-from tests.megatron.layouts import Outcome, layout_config, run_layout, worst_difference
+from tests.megatron.layouts import layout_config, run_layout
 from tests.megatron.test_replay import accumulate, assert_same, make_policy, routing_of
 from tests.megatron.test_routers import SIGMOID, policy_with, routed, routers
 from tests.megatron.toys import make_batch, make_config, prepare, write_model
@@ -76,7 +77,7 @@ class Bench:
         assert worst_difference(found.gradients, expected.gradients)[0] <= 1e-5
 
 
-def single_process(directory: Path, batch: Batch) -> Outcome:
+def single_process(directory: Path, batch: Batch) -> Rehearsal:
     from tests.megatron.layouts import run_policy
 
     config = make_config(trainer={"packed": False, "micro_batch_size": 64})

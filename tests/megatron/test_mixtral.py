@@ -15,10 +15,11 @@ from r3.errors import CheckpointError, ConfigError
 from r3.trainer import parallel
 from r3.trainer.convert import export_weights
 from r3.trainer.model import Architecture
+from r3.trainer.outcome import Rehearsal
 from r3.trainer.weights import save_checkpoint
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool, arranged
-from tests.megatron.layouts import Outcome, layout_config, run_layout
+from tests.megatron.layouts import layout_config, run_layout
 from tests.megatron.test_convert import hf_logits, load, logits, some_tokens
 from tests.megatron.test_layouts import assert_equal
 from tests.megatron.toys import make_batch, make_config, write_mixtral
@@ -145,7 +146,7 @@ def batch(mixtral_dir: Path) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def expected(mixtral_dir: Path, batch: Batch) -> Outcome:
+def expected(mixtral_dir: Path, batch: Batch) -> Rehearsal:
     parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
     try:
         return run_layout(make_config(trainer={"packed": False, "micro_batch_size": 64}), mixtral_dir, batch)
@@ -155,7 +156,7 @@ def expected(mixtral_dir: Path, batch: Batch) -> Outcome:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_replay_like_one(
-    gloo_pool: GlooPool, mixtral_dir: Path, batch: Batch, expected: Outcome, layout: str
+    gloo_pool: GlooPool, mixtral_dir: Path, batch: Batch, expected: Rehearsal, layout: str
 ) -> None:
     config = layout_config(LAYOUTS[layout], 2, trainer={"recompute": "full"})
     found: Any = gloo_pool.run(run_layout, config, mixtral_dir, batch)[0]

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from r3.trainer.outcome import worst_difference
 from r3.trainer.policy import Policy, RoutingUse
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
-from tests.megatron.layouts import VPP, layout_config, run_layout, worst_difference
+from tests.megatron.layouts import VPP, layout_config, run_layout
 from tests.megatron.native import SPOILED, Spoiler, native_policy, run_native
 from tests.megatron.test_replay import accumulate, make_policy
 from tests.megatron.toys import make_batch, make_config, prepare
