@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,19 @@ def test_nothing_is_left_after_an_exception(
     again = accumulate(policy, step, microbatches, FORCED)
     assert again[0] == right[0]
     assert_same(right[1], again[1])
+
+
+@pytest.mark.parametrize(("recompute", "intervals"), [("none", 1 + 4 + 4 + 1), ("full", 1 + 4 + 4 + 1 + 4)])
+def test_the_own_time_covers_every_part_of_replay(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, intervals: int
+) -> None:
+    """Activation, force and account of 4 layers; activation in backward, and force again where it is recomputed."""
+    policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
+    ticks = itertools.count()
+    monkeypatch.setattr(replay.time, "perf_counter", lambda: float(next(ticks)))
+    _, _, seconds = policy.accumulate(microbatches, step, step.rollout_logprobs.astype(np.float64), None, FORCED)
+    assert seconds == intervals * len(microbatches)
 
 
 def test_nothing_is_left_after_ordinary_passes(model_dir: Path) -> None:
