@@ -10,14 +10,18 @@ import torch
 from r3.config import Config
 from r3.trainer.convert import load_weights
 from r3.trainer.megatron import (
+    ColumnParallelLinear,
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
     MegatronOptimizer,
     OptimizerConfig,
     OptimizerParamScheduler,
+    RowParallelLinear,
+    VocabParallelEmbedding,
     cuda_type_names,
     get_megatron_optimizer,
+    set_tensor_model_parallel_attributes,
 )
 from r3.trainer.model import DTYPES, Architecture, build_model, layout_changes, transformer_config
 from r3.trainer.parallel import device
@@ -55,8 +59,23 @@ def build_chunks(
     virtual = config.trainer.virtual_pipeline
     stages = range(virtual) if virtual > 1 else [None]
     chunks = [build_model(arch, layout, replay=replay, vp_stage=stage) for stage in stages]
+    for chunk in chunks:
+        _mark_parts(chunk)
     load_weights(chunks, arch, directory)
     return [_in_compute_dtype(chunk, layout) for chunk in chunks]
+
+
+def _mark_parts(model: torch.nn.Module) -> None:
+    """Tell Megatron which weights are parts, one per tensor rank.
+
+    It notes that only where it also initializes them, and takes every other weight for a copy: the gradient norm, and
+    with it clipping, would count the parts of the first rank alone.
+    """
+    cut = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        dim = next((dim for kind, dim in cut.items() if isinstance(module, kind)), None)
+        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
