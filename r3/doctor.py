@@ -64,6 +64,11 @@ class Check:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the checks and return 0 when none failed, 4 when one did, 2 for a wrong config."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["replay"]:
+        from r3 import proof
+
+        return proof.main(arguments[1:])
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.ERROR)
     try:
@@ -294,7 +299,8 @@ def _attempt(name: str, attempt: Callable[[], str]) -> Check:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="r3.doctor",
-        usage="python -m r3.doctor [--config FILE] [key.path=value ...] [--quick] [--json]",
+        usage="python -m r3.doctor [--config FILE] [key.path=value ...] [--quick] [--json]\n"
+        "       python -m r3.doctor replay --help    (is replay exact in the trainer's layout?)",
         description="Check this machine: Python, packages, GPU, disk, memory, Ray, and the engine with capture on.",
         epilog="exit codes: 0 all is well, 2 usage or config, 4 a check failed",
     )

@@ -56,10 +56,10 @@ class ModelSpec:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, object], source: str = "config.json") -> ModelSpec:
-        """Derive the spec from the contents of a Hugging Face `config.json`; raise `ConfigError` unless Qwen3-MoE."""
+        """Derive the spec from a Hugging Face `config.json`; raise `ConfigError` unless Qwen3-MoE or Mixtral."""
         model_type = config.get("model_type")
-        if model_type != "qwen3_moe":
-            raise ConfigError(f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe'")
+        if model_type not in ("qwen3_moe", "mixtral"):
+            raise ConfigError(f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe', 'mixtral'")
 
         def integer(key: str, default: int | None = None) -> int:
             value = config.get(key, default)
@@ -68,11 +68,12 @@ class ModelSpec:
             return value
 
         num_layers = integer("num_hidden_layers")
-        sparse_step = integer("decoder_sparse_step", 1)
-        dense = config.get("mlp_only_layers") or []
+        # Every layer of a Mixtral is an MoE layer, whatever keys of other models its config carries.
+        sparse_step = integer("decoder_sparse_step", 1) if model_type == "qwen3_moe" else 1
+        dense = (config.get("mlp_only_layers") or []) if model_type == "qwen3_moe" else []
         if not isinstance(dense, list):
             raise ConfigError(f"{source}: mlp_only_layers is {dense!r}; a list is required")
-        # Transformers 5 saves `num_local_experts`; published Qwen3-MoE checkpoints say `num_experts`.
+        # Mixtral and Transformers 5 say `num_local_experts`; published Qwen3-MoE checkpoints say `num_experts`.
         num_experts = integer("num_local_experts" if "num_local_experts" in config else "num_experts")
         moe_layers = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % sparse_step == 0)
         if not moe_layers or num_experts < 1:

@@ -1,4 +1,4 @@
-"""What a Qwen3-MoE checkpoint is made of, and which of its features the trainer cannot hold; no torch."""
+"""What a Qwen3-MoE or Mixtral checkpoint is made of, and which of its features the trainer cannot hold; no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from r3.types import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What a Qwen3-MoE `config.json` says about shapes; `heads` are query heads, `groups` key-value heads."""
+    """What a `config.json` says about shapes; `heads` are query heads, `groups` key-value heads.
+
+    `qk_norm`: queries and keys are normalised per head (Qwen3-MoE). `normalise_top_k`: the gate weights of the chosen
+    experts sum to one.
+    """
 
     spec: ModelSpec
     heads: int
@@ -28,6 +32,7 @@ class Architecture:
     max_positions: int
     tied: bool
     normalise_top_k: bool
+    qk_norm: bool = True
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Architecture:
@@ -41,6 +46,7 @@ class Architecture:
         """Do the same with the contents of a `config.json`."""
         spec = ModelSpec.from_hf_config(config, source)
         _refuse(config, source)
+        mixtral = spec.model_type == "mixtral"
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -49,15 +55,17 @@ class Architecture:
                 groups=config["num_key_value_heads"],
                 head_dim=config.get("head_dim") or spec.hidden_size // heads,
                 ffn_size=config["intermediate_size"],
-                expert_ffn_size=config["moe_intermediate_size"],
+                expert_ffn_size=config["intermediate_size" if mixtral else "moe_intermediate_size"],
                 rope_theta=float(_rope(config)["rope_theta"]),
                 norm_eps=config["rms_norm_eps"],
                 max_positions=config["max_position_embeddings"],
                 tied=config.get("tie_word_embeddings", False),
-                normalise_top_k=config.get("norm_topk_prob", False),
+                normalise_top_k=mixtral or config.get("norm_topk_prob", False),
+                qk_norm=not mixtral,
             )
         except KeyError as error:
-            raise ConfigError(f"{source} has no {error.args[0]!r}, which a Qwen3-MoE model needs") from None
+            family = "Mixtral" if mixtral else "Qwen3-MoE"
+            raise ConfigError(f"{source} has no {error.args[0]!r}, which a {family} model needs") from None
 
 
 def require_layout(arch: Architecture, trainer: TrainerConfig) -> None:
@@ -84,7 +92,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     # Transformers 5 nests what earlier versions kept at the top level.
     return config.get("rope_parameters") or {
         **(config.get("rope_scaling") or {}),
-        "rope_theta": config.get("rope_theta", 1e4),
+        "rope_theta": config.get("rope_theta", 1e6 if config.get("model_type") == "mixtral" else 1e4),
     }
 
 
@@ -97,6 +105,10 @@ def _refuse(config: Mapping[str, Any], source: str) -> None:
         "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
+    if config["model_type"] == "mixtral":
+        # Qwen3-MoE carries a window that `use_sliding_window` switches; a Mixtral's is in force whenever it is set.
+        unsupported["sliding_window"] = config.get("sliding_window") is not None
+        unsupported["router_jitter_noise"] = bool(config.get("router_jitter_noise"))
     for key, found in unsupported.items():
         if found:
             raise ConfigError(f"{source}: {key}={config.get(key, rope.get(key))!r} is not supported by the trainer")

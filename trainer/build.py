@@ -8,20 +8,16 @@ from typing import Any
 import torch
 
 from r3.config import Config
-from r3.trainer.convert import load_weights
+from r3.trainer.convert import load_weights, named_weights
 from r3.trainer.megatron import (
-    ColumnParallelLinear,
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
     MegatronOptimizer,
     OptimizerConfig,
     OptimizerParamScheduler,
-    RowParallelLinear,
-    VocabParallelEmbedding,
     cuda_type_names,
     get_megatron_optimizer,
-    set_tensor_model_parallel_attributes,
 )
 from r3.trainer.model import DTYPES, Architecture, build_model, layout_changes, transformer_config
 from r3.trainer.parallel import device
@@ -60,22 +56,21 @@ def build_chunks(
     stages = range(virtual) if virtual > 1 else [None]
     chunks = [build_model(arch, layout, replay=replay, vp_stage=stage) for stage in stages]
     for chunk in chunks:
-        _mark_parts(chunk)
+        _mark_parts(chunk, arch)
     load_weights(chunks, arch, directory)
     return [_in_compute_dtype(chunk, layout) for chunk in chunks]
 
 
-def _mark_parts(model: torch.nn.Module) -> None:
-    """Tell Megatron which weights are parts, one per tensor rank.
+def _mark_parts(chunk: torch.nn.Module, arch: Architecture) -> None:
+    """Mark every weight of which another tensor rank holds another part.
 
-    It notes that only where it also initializes them, and takes every other weight for a copy: the gradient norm, and
-    with it clipping, would count the parts of the first rank alone.
+    Megatron-core takes unmarked weights of all tensor ranks but the first for copies and leaves them out of the
+    gradient norm. It marks them when it initialises them, which a loaded model skips, and never marks the experts under
+    `expert_tensor_parallel: 1`, which differ from rank to rank all the same.
     """
-    cut = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
-    for module in model.modules():
-        dim = next((dim for kind, dim in cut.items() if isinstance(module, kind)), None)
-        if dim is not None and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+    for weight in named_weights(chunk, arch):
+        if weight.rule.cut != "none":
+            weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:

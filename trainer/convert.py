@@ -1,4 +1,4 @@
-"""Hugging Face <-> Megatron-core weights of Qwen3-MoE, in any layout.
+"""Hugging Face <-> Megatron-core weights of Qwen3-MoE and Mixtral, in any layout.
 
 The map is driven by Megatron's *local* parameter names: each becomes a global one (layer and expert numbers of the
 whole model) that names the Hugging Face tensors it is made of; a rank therefore reads only what its own layers and
@@ -125,12 +125,25 @@ RULES = (
 )
 
 
-def find_rule(name: str) -> tuple[Rule, tuple[str, ...]]:
+# The sources above are Qwen3-MoE's; other models keep the same tensors under other names. The names are those of
+# checkpoint files: transformers 5 holds Mixtral's under Qwen3-MoE's names in memory and writes the published ones.
+_NAMES: Mapping[str, Mapping[str, str]] = {
+    "mixtral": {
+        _HF + "mlp.gate.weight": _HF + "block_sparse_moe.gate.weight",
+        _HF + "mlp.experts.{1}.gate_proj.weight": _HF + "block_sparse_moe.experts.{1}.w1.weight",
+        _HF + "mlp.experts.{1}.up_proj.weight": _HF + "block_sparse_moe.experts.{1}.w3.weight",
+        _HF + "mlp.experts.{1}.down_proj.weight": _HF + "block_sparse_moe.experts.{1}.w2.weight",
+    }
+}
+
+
+def find_rule(name: str, model_type: str) -> tuple[Rule, tuple[str, ...]]:
     """Return the rule of a global Megatron parameter name and the Hugging Face names that it is made of."""
+    names = _NAMES.get(model_type, {})
     for rule in RULES:
         found = rule.pattern.fullmatch(name)
         if found:
-            return rule, tuple(source.format(*found.groups()) for source in rule.sources)
+            return rule, tuple(names.get(source, source).format(*found.groups()) for source in rule.sources)
     raise CheckpointError(f"no conversion rule for the Megatron parameter {name!r}")
 
 
@@ -156,7 +169,7 @@ def named_weights(chunks: torch.nn.Module | Sequence[torch.nn.Module], arch: Arc
             if arch.tied and whole == "output_layer.weight":
                 # The last stage's copy of the embedding, which Megatron keeps equal.
                 whole = "embedding.word_embeddings.weight"
-            rule, sources = find_rule(whole)
+            rule, sources = find_rule(whole, arch.spec.model_type)
             part, parts = (0, 1) if rule.cut == "none" else _tensor_rank(expert=".local_experts." in whole)
             yield Weight(whole, parameter, rule, sources, part, parts)
 
@@ -244,7 +257,7 @@ def export_weights(
             owners.setdefault((name, part), owner)
             counts[name] = parts
     for name, parts in counts.items():
-        rule, sources = find_rule(name)
+        rule, sources = find_rule(name, arch.spec.model_type)
         pieces = [_fetch(held.get((name, part)), owners[name, part], rank, value) for part in range(parts)]
         if rank == 0:
             whole = join_weight([piece for piece in pieces if piece is not None], rule.cut)
@@ -277,8 +290,8 @@ def _fetch(
 class HfTensors:
     """Tensors of a checkpoint directory by name, from one `model.safetensors` or a sharded index; a context manager.
 
-    Experts may be stored one by one or fused (`experts.gate_up_proj` `[E, 2 I, H]`, `experts.down_proj` `[E, H, I]`);
-    `read` answers to the per-expert name in both cases.
+    Experts may be stored one by one or fused (`mlp.experts.gate_up_proj` `[E, 2 I, H]`, `mlp.experts.down_proj`
+    `[E, H, I]`, a Mixtral's gate then as `mlp.gate`); `read` answers to the name that `find_rule` gives in both cases.
     """
 
     directory: Path
@@ -305,7 +318,10 @@ class HfTensors:
         """Return one tensor; raise `CheckpointError` that names it when the directory does not have it."""
         if name in self._where:
             return self._files[self._where[name]].get_tensor(name)
-        fused = re.fullmatch(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        alias = _in_memory_name(name)
+        if alias in self._where:
+            return self._files[self._where[alias]].get_tensor(alias)
+        fused = re.fullmatch(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", alias)
         if fused:
             base, expert, part = fused.groups()
             stored = f"{base}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
@@ -322,3 +338,10 @@ class HfTensors:
         if (self.directory / "model.safetensors").is_file():
             return ["model.safetensors"]
         raise CheckpointError(f"{self.directory} holds neither model.safetensors nor model.safetensors.index.json")
+
+
+def _in_memory_name(name: str) -> str:
+    """Return the name under which transformers 5 holds a published Mixtral tensor, others as they are."""
+    parts = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    return re.sub(r"\.(w[123])\.weight$", lambda found: f".{parts[found[1]]}.weight", name)

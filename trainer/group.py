@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import CheckpointError, EngineError, R3Error
+from r3.trainer.outcome import Rehearsal
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
 from r3.types import ModelSpec, StepResult, WeightBuckets
 
@@ -70,6 +71,11 @@ class TrainerRank:
         """Fetch this rank's part of the batches; see `TrainerWorker`."""
         found, fetched = fetch(batches, self._worker.layers)
         return self._worker.step(step, advantages, counterfactual, *found), fetched
+
+    def rehearse(self, advantages: NDArray[np.float32], batches: Sequence[BatchRef]) -> tuple[Rehearsal, Fetched]:
+        """Fetch this rank's part of the batches; see `TrainerWorker`."""
+        found, fetched = fetch(batches, self._worker.layers)
+        return self._worker.rehearse(advantages, *found), fetched
 
     def export(self) -> tuple[int, WeightBuckets | None]:
         """Return the weight version and, as an object of its own, the weights: the driver fetches the first alone."""
@@ -148,6 +154,13 @@ class TrainerGroup:
         """Train one step; every rank fetches the blocks of its own layers, which Ray maps into it without a copy."""
         results, fetched = zip(*self._all("step", step, advantages, counterfactual, batches), strict=True)
         return replace(results[0], metrics={**results[0].metrics, **transport_metrics(fetched)})
+
+    def rehearse(
+        self, advantages: NDArray[np.float32], batches: Sequence[BatchRef]
+    ) -> tuple[Rehearsal, Mapping[str, float]]:
+        """Run one forced-routing step of known outcome; return it as rank 0 has it, and `transport/*`."""
+        results, fetched = zip(*self._all("rehearse", advantages, batches), strict=True)
+        return results[0], transport_metrics(fetched)
 
     def export(self) -> ray.ObjectRef:
         """Return a reference to the new weights (`WeightBuckets`), ready in the object store."""

@@ -1,4 +1,4 @@
-"""Megatron-core's `GPTModel` for a Hugging Face Qwen3-MoE checkpoint directory."""
+"""Megatron-core's `GPTModel` for a Hugging Face Qwen3-MoE or Mixtral checkpoint directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from r3.trainer.megatron import (
 )
 from r3.trainer.modules import RMSNorm, SdpaAttention
 from r3.trainer.replay import ReplayRouter, refuse_unsupported_router
-from r3.types import ModelSpec
 
 Recompute = Literal["none", "full", "selective"]
 _RECOMPUTE: Mapping[Recompute, Mapping[str, Any]] = {
@@ -61,7 +60,7 @@ def transformer_config(
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "qk_layernorm": True,
+        "qk_layernorm": arch.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
@@ -119,7 +118,7 @@ def build_model(
     kind = {} if vp_stage is None else {"vp_stage": vp_stage}
     first = get_transformer_layer_offset(config, **kind)
     built = range(first, first + get_num_layers_to_build(config, **kind))
-    layers = [layer_spec(arch.spec, moe=layer in arch.spec.moe_layers, replay=replay) for layer in built]
+    layers = [layer_spec(arch, moe=layer in arch.spec.moe_layers, replay=replay) for layer in built]
     return GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
@@ -134,18 +133,19 @@ def build_model(
     )
 
 
-def layer_spec(spec: ModelSpec, *, moe: bool, replay: bool) -> ModuleSpec:
+def layer_spec(arch: Architecture, *, moe: bool, replay: bool) -> ModuleSpec:
     """Return Megatron's local spec of one decoder layer with R3's norm, attention and router."""
     layer = get_gpt_layer_local_spec(
-        num_experts=spec.num_experts if moe else None,
+        num_experts=arch.spec.num_experts if moe else None,
         moe_grouped_gemm=False,
-        qk_layernorm=True,
+        qk_layernorm=arch.qk_norm,
         normalization="RMSNorm",
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SdpaAttention
     if moe and replay:
         # 0.16 describes the layer by a ModuleSpec, 0.19 by functools.partial(MoELayer, submodules=...).

@@ -77,7 +77,7 @@ class Policy:
 
     def __init__(self, config: Config, arch: Architecture, directory: str | Path, updates: int) -> None:
         require_layout(arch, config.trainer)
-        self._config, self._arch, self.place = config, arch, place()
+        self._config, self.arch, self.place = config, arch, place()
         self._objective = Objective(config.grpo.clip_low, config.grpo.clip_high, config.grpo.kl_coef)
         self._layout = build_layout(config, arch)
         self.chunks = build_ddp(config, arch, self._layout, directory)
@@ -92,6 +92,11 @@ class Policy:
     def data(self) -> tuple[int, int]:
         """This rank's data-parallel rank and their number."""
         return self.place.data, self.place.data_size
+
+    @property
+    def gradients_sharded(self) -> bool:
+        """Whether a rank holds only its part of a reduced gradient."""
+        return self._config.trainer.distributed_optimizer
 
     @property
     def form(self) -> Form:

@@ -112,16 +112,27 @@ class ReplayRouter(TopKRouter):
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """The microbatch that a model is working on; counted in its first pass and not when it is recomputed."""
+    """The microbatch that a model is working on; counted in its first pass and not when it is recomputed.
+
+    `tally` is None when recomputed; `clock` takes replay's own seconds in both cases.
+    """
 
     routing: MicrobatchRouting
     tally: Tally | None
+    clock: Tally | None = None
     recorded: torch.Tensor = field(init=False)
     differs: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        begin = time.perf_counter()
         self.recorded = router_order(self.routing.recorded)
         self.differs = torch.zeros_like(self.recorded)
+        self.spent_since(begin)
+
+    def spent_since(self, begin: float) -> None:
+        """Count the host time since `begin` (`time.perf_counter()`) as replay's own."""
+        if self.clock is not None:
+            self.clock.seconds += time.perf_counter() - begin
 
     def ids(self, column: int) -> torch.Tensor:
         """Widen one layer: int64 `[s * b, k]` in the router's order."""
@@ -184,7 +195,7 @@ class ReplayContext:
         """
         self.require_empty("before a microbatch")
         self._check(routing)
-        self._active = _Active(routing, self._tally)
+        self._active = _Active(routing, self._tally, self._tally)
         try:
             output = call()
             if self._tally is not None:
@@ -209,7 +220,7 @@ class ReplayContext:
 
     def _enter_backward(self, routing: MicrobatchRouting, gradient: torch.Tensor) -> None:
         self.require_empty("before a backward pass")
-        self._active = _Active(routing, tally=None)
+        self._active = _Active(routing, None, self._tally)
         torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self) -> None:
@@ -258,8 +269,7 @@ class _Visit:
         if force:
             own = torch.where(self._active.recorded[:, None], ids, own)
             values = scores.gather(1, own)
-        if self._active.tally is not None:
-            self._active.tally.seconds += time.perf_counter() - begin
+        self._active.spent_since(begin)
         return values, own
 
     @torch.no_grad()
@@ -287,7 +297,7 @@ class _Visit:
             tally.followed[self._column] += (used.all(1) & active.recorded).sum()
         if active.routing.order is not None:
             self._overlap(tally, self._own, active.routing.order)
-        tally.seconds += time.perf_counter() - begin
+        active.spent_since(begin)
 
     def _overlap(self, tally: Tally, own: torch.Tensor, order: torch.Tensor) -> None:
         """Compare the own choice of row t with the record of rows t-1, t and t+1 of the same sequence.

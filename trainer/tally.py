@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 import torch
@@ -103,3 +103,12 @@ class Tally:
             missing=rows.missing,
             pads=rows.pads,
         )
+
+
+def counts_over_ranks(counts: RouterCounts) -> RouterCounts:
+    """Add the counters of all ranks; the same on every rank."""
+    parts = [np.atleast_1d(np.asarray(part, np.float64)) for part in astuple(counts)]
+    total = parallel.sum_over_ranks(np.concatenate(parts))
+    split = np.split(total, np.cumsum([len(part) for part in parts])[:-1])
+    disagree, overlap, pairs = split[0].astype(np.int64), split[1], split[2].astype(np.int64)
+    return RouterCounts(disagree, overlap, pairs, *(int(part[0]) for part in split[3:]))

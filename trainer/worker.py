@@ -29,8 +29,11 @@ from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step, re
 from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
+from r3.trainer.outcome import Rehearsal
 from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
+from r3.trainer.rehearsal import rehearse
 from r3.trainer.state import load_state, save_state
+from r3.trainer.tally import counts_over_ranks
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
@@ -178,6 +181,12 @@ class TrainerWorker:
         self._version += 1
         return StepResult(step, self._version, report) if self._rank == 0 else None
 
+    def rehearse(self, advantages: NDArray[np.float32], *batches: Batch) -> Rehearsal:
+        """Run one forced-routing step of known outcome; see `r3.trainer.rehearsal`. The weights change."""
+        share_ = self._prepare(batches, advantages, mini_steps=1)
+        require_records(share_.step)
+        return rehearse(self.policy, share_.step, share_.microbatches, RoutingUse(force=True))
+
     def export(self) -> WeightBuckets | None:
         """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere; collective."""
         buckets = weight_buckets(
@@ -220,18 +229,10 @@ class TrainerWorker:
         begin = time.perf_counter()
         found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
         logprobs = parallel.sum_over_ranks(found.logprobs)
-        return _Pass(logprobs, self._summed(found.counts), found.replay_s, time.perf_counter() - begin)
+        return _Pass(logprobs, counts_over_ranks(found.counts), found.replay_s, time.perf_counter() - begin)
 
     def _reduced(self, values: Floats | None) -> Floats | None:
         return None if values is None else parallel.sum_over_ranks(values)
-
-    def _summed(self, counts: RouterCounts) -> RouterCounts:
-        """Add the counters of all ranks."""
-        parts = [np.atleast_1d(np.asarray(part, np.float64)) for part in astuple(counts)]
-        total = parallel.sum_over_ranks(np.concatenate(parts))
-        split = np.split(total, np.cumsum([len(part) for part in parts])[:-1])
-        disagree, overlap, pairs = split[0].astype(np.int64), split[1], split[2].astype(np.int64)
-        return RouterCounts(disagree, overlap, pairs, *(int(part[0]) for part in split[3:]))
 
     def _mismatch(self, prefix: str, step: StepBatch, found: _Pass) -> Metrics:
         values = metrics.mismatch(found.logprobs, step.rollout_logprobs, step.response_lengths)
@@ -268,7 +269,7 @@ class TrainerWorker:
         return parallel.max_over_ranks(max(loads, default=0.0))
 
     def _update_metrics(self, step: StepBatch, old: _Pass, updates: Sequence[Update]) -> Metrics:
-        counts = [old.counts, *(self._summed(update.counts) for update in updates)]
+        counts = [old.counts, *(counts_over_ranks(update.counts) for update in updates)]
         sums = UpdateSums(
             *parallel.sum_over_ranks(np.sum([astuple(update.sums) for update in updates], axis=0)).tolist()
         )

@@ -23,15 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
 from tests.megatron.layouts import (
     LARGE_LAYOUTS,
     LAYOUTS,
-    Outcome,
     layout_config,
     run_layout,
-    worst_difference,
 )
 from tests.megatron.toys import make_batch, write_model
 
@@ -47,7 +46,7 @@ HEAD = (
 )
 
 
-def measured(found: Outcome, expected: Outcome, distributed: bool) -> tuple[str, str, str]:
+def measured(found: Rehearsal, expected: Rehearsal, distributed: bool) -> tuple[str, str, str]:
     """Return the last three cells of a row."""
     missed = found.counts.mismatched_ids + found.counts.required - found.counts.replayed
     if distributed:

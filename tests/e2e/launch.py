@@ -73,7 +73,9 @@ def started(run: Path, *arguments: str, **environment: str) -> Iterator[Started]
 def child_environment(mark: str, **changes: str) -> dict[str, str]:
     """Return our environment without a Ray cluster, with the mark."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "offline", MARK: mark, **changes}
+    # `ray start` asks for a token by default; a token file would lie in the home directory of whoever runs the tests.
+    auth = {"RAY_AUTH_MODE": "disabled"}
+    return {**kept, **auth, "RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "offline", MARK: mark, **changes}
 
 
 def steps(run: Path) -> list[int]:

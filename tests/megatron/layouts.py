@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,16 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from r3.config import Config
-from r3.metrics import RouterCounts
 from r3.trainer import batching, replay
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step
-from r3.trainer.convert import export_weights
 from r3.trainer.model import Architecture
-from r3.trainer.parallel import sum_over_ranks
+from r3.trainer.outcome import Rehearsal
 from r3.trainer.policy import Policy, RoutingUse
+from r3.trainer.rehearsal import rehearse
+from r3.trainer.worker import TrainerWorker
 from r3.types import Batch
 from tests.gloo_pool import arranged
 from tests.megatron.toys import make_advantages, make_config
-
-Tensors = dict[str, NDArray[np.float32]]
 
 TP = {"tensor_parallel": 2}
 PP = {"pipeline_parallel": 2}
@@ -60,91 +58,73 @@ LARGE_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one step of one layout gave, the same on every rank but `gradients` and `weights`, which rank 0 has.
-
-    `loss`: mean over trained tokens; `gradients`, `weights`: by Hugging Face name; `counts`: over all ranks.
-    """
-
-    loss: float
-    logprobs: NDArray[np.float64]
-    gradients: Tensors
-    weights: Tensors
-    counts: RouterCounts
-    replay_s: float
-
-
 def layout_config(changes: dict[str, Any], world: int, **sections: dict[str, Any]) -> Config:
     """Return a config with the layout `changes` over `world` ranks."""
     trainer = {"processes": world, "micro_batch_size": 3} | sections.pop("trainer", {}) | changes
     return make_config(trainer=trainer, **sections)
 
 
-def run_layout(config: Config, directory: Path, batch: Batch, force: bool = True) -> Outcome:
+def run_layout(config: Config, directory: Path, batch: Batch, force: bool = True) -> Rehearsal:
     """Run log-probs and one update in the config's layout; collective over the ranks of the pool."""
     with arranged(config.trainer):
         policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
-        return run_policy(policy, config, batch, RoutingUse(force=force))
-
-
-def run_policy(policy: Policy, config: Config, batch: Batch, use: RoutingUse) -> Outcome:
-    """Run log-probs and one update of `policy` on `batch`."""
-    step, microbatches = laid_out(policy, config, batch)
-    old = step.rollout_logprobs.astype(np.float64)
-    before = policy.logprobs(microbatches, step, use)
-    policy.replay.require_empty("after a forward-only pass")
-    sums, counts, replay_s = policy.accumulate(microbatches, step, old, None, use)
-    policy.replay.require_empty("after a step")
-    gradients = exported(policy, lambda parameter: parameter.main_grad)
-    policy.optimizer.step()
-    tokens, loss = sum_over_ranks(np.array([sums.tokens, sums.loss]))
-    return Outcome(
-        loss=loss / tokens,
-        logprobs=sum_over_ranks(before.logprobs),
-        gradients=gradients,
-        weights=exported(policy, torch.Tensor.detach),
-        counts=total(counts),
-        replay_s=replay_s,
-    )
+        return rehearse(policy, *laid_out(policy, config, batch), RoutingUse(force=force))
 
 
 def laid_out(policy: Policy, config: Config, batch: Batch) -> tuple[StepBatch, list[MicroBatch]]:
     """Return the step and this rank's microbatches of its only mini-step, in the policy's form."""
-    spec = policy._arch.spec
+    spec = policy.arch.spec
     step = StepBatch.join([batch], make_advantages(batch), spec)
     plan, form = plan_step(step, config.trainer, 1, policy.form, policy.data)
     return step, [microbatch(step, samples, spec, form) for samples in plan[0]]
 
 
-def exported(policy: Policy, value: Any) -> Tensors:
-    """Return a tensor of every parameter under Hugging Face names, on rank 0."""
-    return {name: t.float().numpy().copy() for name, t in export_weights(policy.chunks, policy._arch, value)}
+def worker_in(config: Config, directory: Path) -> TrainerWorker:
+    """Return a worker on ranks that have joined already; its own `join` would do that."""
+    worker = TrainerWorker(config, str(directory), dist.get_rank(), dist.get_world_size(), 10)
+    worker.policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
+    return worker
 
 
-def total(counts: RouterCounts) -> RouterCounts:
-    """Add the counters of all ranks."""
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, counts)
-    return sum(everywhere[1:], everywhere[0])
+def step_of_layout(config: Config, directory: Path, batch: Batch) -> dict[str, float] | None:
+    """Return the metrics of one training step in the config's layout on rank 0, times aside."""
+    with arranged(config.trainer):
+        result = worker_in(config, directory).step(1, make_advantages(batch), True, batch)
+    if result is None:
+        return None
+    return {key: value for key, value in result.metrics.items() if not key.endswith(("_s", "tokens_per_s"))}
 
 
-def worst_difference(found: Tensors, expected: Tensors) -> tuple[float, str]:
-    """Return the largest |difference| of a tensor relative to its largest element, and the tensor's name."""
-    assert found.keys() == expected.keys()
-    scored = [
-        (float(np.abs(found[name] - tensor).max() / (np.abs(tensor).max() + 1e-20)), name)
-        for name, tensor in expected.items()
-    ]
-    return max(scored)
+def resumed(config: Config, directory: Path, batch: Batch, place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what this rank holds after two steps, uninterrupted and resumed behind the first."""
+    with arranged(config.trainer):
+        worker = worker_in(config, directory)
+        worker.step(1, make_advantages(batch), False, batch)
+        worker.save_state(str(place))
+        worker.step(2, make_advantages(batch, seed=1), False, batch)
+        whole = held(worker.policy)
+        worker = worker_in(config, directory)
+        worker.load_state(str(place))
+        worker.step(2, make_advantages(batch, seed=1), False, batch)
+        return whole, held(worker.policy)
 
 
-def run_mutated(config: Config, directory: Path, batch: Batch, mutation: str) -> Outcome:
+def held(policy: Policy) -> dict[str, NDArray[np.float32]]:
+    """Return a copy of every parameter and moment of this rank, by a name."""
+    found = {name: p for chunk in policy.chunks for name, p in chunk.named_parameters()}
+    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    for index, part in enumerate(parts):
+        for number, state in enumerate(part.optimizer.state.values()):
+            found |= {f"{index}.{number}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
+    return {name: tensor.detach().float().numpy().copy() for name, tensor in found.items()}
+
+
+def run_mutated(config: Config, directory: Path, batch: Batch, mutation: str) -> Rehearsal:
     """`run_layout` with one thing made wrong."""
     with arranged(config.trainer), pytest.MonkeyPatch.context() as patch:
         MUTATIONS[mutation](patch)
         policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
-        return run_policy(policy, config, batch, RoutingUse(force=True))
+        return rehearse(policy, *laid_out(policy, config, batch), RoutingUse(force=True))
 
 
 def _forget_recompute(patch: pytest.MonkeyPatch) -> None:

@@ -12,16 +12,17 @@ import torch.distributed as dist
 
 from r3.config import Config
 from r3.trainer import parallel
+from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
 from tests.megatron.layouts import (
     LARGE_LAYOUTS,
     LAYOUTS,
-    Outcome,
     layout_config,
+    resumed,
     run_layout,
     run_mutated,
-    worst_difference,
+    step_of_layout,
 )
 from tests.megatron.toys import make_batch, make_config
 
@@ -35,7 +36,7 @@ def batch(model_dir: Path) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def expected(model_dir: Path, batch: Batch) -> Outcome:
+def expected(model_dir: Path, batch: Batch) -> Rehearsal:
     """The single process, padded, all samples in one microbatch, nothing recomputed."""
     parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
     try:
@@ -51,7 +52,7 @@ def large_pool() -> Iterator[GlooPool]:
         yield pool
 
 
-def assert_equal(found: Outcome, expected: Outcome, batch: Batch, config: Config) -> None:
+def assert_equal(found: Rehearsal, expected: Rehearsal, batch: Batch, config: Config) -> None:
     counts = found.counts
     rows = int(batch.row_offsets[-1])
     assert (counts.mismatched_ids, counts.missing) == (0, 0)
@@ -61,6 +62,7 @@ def assert_equal(found: Outcome, expected: Outcome, batch: Batch, config: Config
     assert counts.disagree_any == expected.counts.disagree_any
     assert found.loss == pytest.approx(expected.loss, abs=1e-6)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5), "clipping would scale by another norm"
     if config.trainer.distributed_optimizer:
         # A rank holds only its reduced shard of the gradient, so the weights behind the update are compared.
         off = np.concatenate([np.abs(found.weights[n] - w).reshape(-1) > 2e-5 for n, w in expected.weights.items()])
@@ -75,7 +77,7 @@ def assert_equal(found: Outcome, expected: Outcome, batch: Batch, config: Config
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_processes_equal_one(
-    gloo_pool: GlooPool, model_dir: Path, batch: Batch, expected: Outcome, layout: str, recompute: str, form: str
+    gloo_pool: GlooPool, model_dir: Path, batch: Batch, expected: Rehearsal, layout: str, recompute: str, form: str
 ) -> None:
     config = layout_config(LAYOUTS[layout], 2, trainer={"packed": FORMS[form], "recompute": recompute})
     found: Any = gloo_pool.run(run_layout, config, model_dir, batch)[0]
@@ -87,11 +89,41 @@ def test_two_processes_equal_one(
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layout", LARGE_LAYOUTS)
 def test_four_processes_equal_one(
-    large_pool: GlooPool, model_dir: Path, batch: Batch, expected: Outcome, layout: str, recompute: str, form: str
+    large_pool: GlooPool, model_dir: Path, batch: Batch, expected: Rehearsal, layout: str, recompute: str, form: str
 ) -> None:
     config = layout_config(LARGE_LAYOUTS[layout], 4, trainer={"packed": FORMS[form], "recompute": recompute})
     found: Any = large_pool.run(run_layout, config, model_dir, batch)[0]
     assert_equal(found, expected, batch, config)
+
+
+@pytest.mark.parametrize("layout", ["tp2+ep2", "pp2+vpp2", "cp2"])
+def test_a_step_reports_what_one_process_reports(
+    gloo_pool: GlooPool, model_dir: Path, batch: Batch, layout: str
+) -> None:
+    parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
+    try:
+        expected = step_of_layout(make_config(), model_dir, batch)
+    finally:
+        parallel.leave()
+    found, nothing = gloo_pool.run(step_of_layout, layout_config(LAYOUTS[layout], 2), model_dir, batch)
+    assert nothing is None
+    assert found.keys() == expected.keys()
+    for key in expected.keys() - {"router/pad_rows", "router/native_rows"}:
+        # Lag overlaps leave out the pairs of rows that a cut takes apart.
+        near = 0.05 if key.startswith(("router/lag", "router/overlap")) else 1e-6
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=near), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["dp2 distributed optimizer", "tp2+ep2", "pp2+vpp2"])
+def test_a_resumed_rank_goes_on_to_the_bit(
+    gloo_pool: GlooPool, model_dir: Path, batch: Batch, tmp_path: Path, layout: str, dtype: str
+) -> None:
+    config = layout_config(LAYOUTS[layout], 2, trainer={"dtype": dtype})
+    for whole, found in gloo_pool.run(resumed, config, model_dir, batch, tmp_path):
+        assert len(whole) > 20
+        for name, value in whole.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +140,7 @@ def test_mutations_are_noticed(
     gloo_pool: GlooPool,
     model_dir: Path,
     batch: Batch,
-    expected: Outcome,
+    expected: Rehearsal,
     layout: str,
     mutation: str,
     loss_moves: bool,

@@ -58,7 +58,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_replaying_the_own_recording_changes_no_bit(model_dir: Path, recompute: str, size: int) -> None:
     policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), size)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), size)
     plain = accumulate(policy, step, microbatches, None)
     replayed = accumulate(policy, step, own_record(policy, step, microbatches), FORCED)
     assert plain[0] == replayed[0]
@@ -69,7 +69,7 @@ def test_recompute_walks_through_the_same_record(model_dir: Path) -> None:
     found = []
     for recompute in ("none", "full"):
         policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
-        step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+        step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
         found.append(accumulate(policy, step, microbatches, FORCED))
     assert found[0][0] == found[1][0]
     assert_same(found[0][1], found[1][1])
@@ -78,7 +78,7 @@ def test_recompute_walks_through_the_same_record(model_dir: Path) -> None:
 def test_a_lost_record_in_backward_would_show_in_the_gradient(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: without the second activation the gradient is another one, the loss is not."""
     policy = make_policy(model_dir, make_config(trainer={"recompute": "full"}))
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     right = accumulate(policy, step, microbatches, FORCED)
     monkeypatch.setattr(ReplayContext, "_enter_backward", lambda *_: None)
     wrong = accumulate(policy, step, microbatches, FORCED)
@@ -89,7 +89,7 @@ def test_a_lost_record_in_backward_would_show_in_the_gradient(model_dir: Path, m
 
 def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     seen: list[tuple[TopKRouter, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def note(router: TopKRouter, inputs: Any, outputs: Any) -> None:
@@ -119,7 +119,7 @@ def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
 
 def test_gradient_reaches_the_router_on_the_recorded_experts_alone(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 12)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
     router = next(module for module in policy.chunks[0].modules() if isinstance(module, ReplayRouter))
     experts, recorded = (torch.from_numpy(a) for a in (microbatches[0].experts, microbatches[0].recorded))
     logits = torch.randn(*recorded.T.shape, 16, requires_grad=True)
@@ -139,7 +139,7 @@ def test_gradient_reaches_the_router_on_the_recorded_experts_alone(model_dir: Pa
 
 def test_comparing_does_not_change_the_model(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     plain, compared, forced = (policy.logprobs(microbatches, step, use) for use in (None, COMPARED, FORCED))
     np.testing.assert_array_equal(plain.logprobs, compared.logprobs)
     assert np.abs(plain.logprobs - forced.logprobs).max() > 1e-2
@@ -150,7 +150,7 @@ def test_comparing_does_not_change_the_model(model_dir: Path) -> None:
 
 def test_uint16_records_are_widened(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     narrow = policy.logprobs(microbatches, step, FORCED)
     wide = policy.logprobs([replace(m, experts=m.experts.astype(np.uint16)) for m in microbatches], step, FORCED)
     np.testing.assert_array_equal(narrow.logprobs, wide.logprobs)
@@ -158,7 +158,7 @@ def test_uint16_records_are_widened(model_dir: Path) -> None:
 
 def test_other_models_in_the_process_are_never_replayed(model_dir: Path) -> None:
     policy = make_policy(model_dir, make_config(grpo={"kl_coef": 0.1}))
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 12)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
     other = make_policy(model_dir)
     native = other.logprobs(microbatches, step, None).logprobs
     tokens, positions = (torch.from_numpy(a.copy()) for a in (microbatches[0].tokens, microbatches[0].positions))
@@ -190,7 +190,7 @@ def reference_counts(
 
 def test_counters_equal_a_row_by_row_count(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     own = own_routing(policy, step, microbatches)
     # Half of the rows carry the own choice, so that both outcomes occur.
     rng = np.random.default_rng(3)
@@ -211,7 +211,7 @@ def test_counters_equal_a_row_by_row_count(model_dir: Path) -> None:
 
 def test_row_classes_of_a_replayed_pass(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     counts = policy.logprobs(microbatches, step, FORCED).counts
     tokens = step.tokens
     assert counts.required == counts.replayed == counts.compared == tokens - len(step.trajectories)
@@ -222,7 +222,7 @@ def test_row_classes_of_a_replayed_pass(model_dir: Path) -> None:
 
 def test_ids_that_the_router_did_not_use_are_counted(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     forced = replay._Visit.get_replay_topk
 
     def lazy(visit: Any, scores: torch.Tensor, topk: int, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +237,7 @@ def test_ids_that_the_router_did_not_use_are_counted(model_dir: Path, monkeypatc
 
 def test_a_router_that_does_not_take_part_is_found(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     router = [module for module in policy.chunks[0].modules() if isinstance(module, ReplayRouter)][2]
     router.context = None
     with pytest.raises(RoutingError, match="layer 2 was consulted 0 times in 3 microbatches"):
@@ -276,7 +276,7 @@ def test_nothing_is_left_after_an_exception(
     model_dir: Path, fault: Callable[[Policy, pytest.MonkeyPatch], None]
 ) -> None:
     policy = make_policy(model_dir, make_config(trainer={"recompute": "full"}))
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     right = accumulate(policy, step, microbatches, FORCED)
     with pytest.MonkeyPatch.context() as patch:
         fault(policy, patch)
@@ -290,7 +290,7 @@ def test_nothing_is_left_after_an_exception(
 
 def test_nothing_is_left_after_ordinary_passes(model_dir: Path) -> None:
     policy = make_policy(model_dir, make_config(trainer={"recompute": "full"}))
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     policy.logprobs(microbatches, step, FORCED)
     policy.replay.require_empty("after a forward-only pass")
     accumulate(policy, step, microbatches, FORCED)
@@ -302,7 +302,7 @@ def test_nothing_is_left_after_ordinary_passes(model_dir: Path) -> None:
 
 def test_a_microbatch_left_active_is_an_error(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    _, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    _, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     routing = routing_of(microbatches[0])
     with pytest.raises(RoutingError, match="left over"):
         policy.replay.run(routing, lambda: policy.replay.run(routing, lambda: torch.zeros(1)))
@@ -311,7 +311,7 @@ def test_a_microbatch_left_active_is_an_error(model_dir: Path) -> None:
 @pytest.mark.parametrize("cut", [np.s_[:, :-1], np.s_[:, :, :-1], np.s_[..., :-1]], ids=["rows", "layers", "top-k"])
 def test_records_of_another_shape_are_refused(model_dir: Path, cut: Any) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     short = [replace(m, experts=m.experts[cut]) for m in microbatches]
     with pytest.raises(RoutingError, match=r"\[b, s, layers, k\]"):
         policy.logprobs(short, step, FORCED)
@@ -357,8 +357,8 @@ def test_dense_layers_have_no_column(tmp_path: Path) -> None:
     from tests.megatron.toys import write_model
 
     policy = make_policy(write_model(tmp_path / "dense", mlp_only_layers=[0, 2]))
-    assert policy._arch.spec.moe_layers == (1, 3)
-    step, microbatches = prepare(policy, make_batch(policy._arch.spec), 5)
+    assert policy.arch.spec.moe_layers == (1, 3)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     plain = accumulate(policy, step, microbatches, None)
     replayed = accumulate(policy, step, own_record(policy, step, microbatches), FORCED)
     assert_same(plain[1], replayed[1])

@@ -30,7 +30,22 @@ def write_model(directory: Path, seed: int = 0, **changes: Any) -> Path:
     small = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32, "intermediate_size": 96}
     settings = {k: v for k, v in CONFIG.items() if k != "model_type"} | small | changes
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)).float()
+    return _write(Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)), directory)
+
+
+def write_mixtral(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a random fp32 Mixtral checkpoint: 4 layers, 8 experts, top-2, h 64, norms away from 1."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    kept = ("vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+    torch.manual_seed(seed)
+    config = MixtralConfig(**({key: CONFIG[key] for key in kept} | sizes | changes))
+    return _write(MixtralForCausalLM(config), directory)
+
+
+def _write(model: Any, directory: Path) -> Path:
+    model = model.float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Random norms too: a converter that swaps two of them must be seen.
@@ -93,7 +108,7 @@ def prepare(
     policy: Policy, batch: Batch, size: int = 4, rank: int = 0, world: int = 1
 ) -> tuple[StepBatch, list[MicroBatch]]:
     """Return the joined step and one rank's microbatches of its only mini-step."""
-    spec = policy._arch.spec
+    spec = policy.arch.spec
     step = StepBatch.join([batch], make_advantages(batch), spec)
     plan: Shares = share(step.trajectories, mini_steps=1, rank=rank, world=world, micro_batch_size=size)
     return step, [microbatch(step, samples, spec) for samples in plan[0]]
@@ -120,7 +135,7 @@ def own_routing(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBat
         policy._forward(policy.chunks, microbatches, step, RoutingUse(force=False))
     finally:
         replay._Visit.account = account  # type: ignore[method-assign]
-    layers = len(policy._arch.spec.moe_layers)
+    layers = len(policy.arch.spec.moe_layers)
     found = []
     for i, one in enumerate(microbatches):
         b, s = one.tokens.shape

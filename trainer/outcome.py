@@ -1,0 +1,46 @@
+"""What a rehearsal step gave, and how two of them are compared; numpy only, so that the driver can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r3.metrics import RouterCounts
+
+Tensors = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What one log-prob pass and one update gave, over all ranks.
+
+    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `grad_norm`: before clipping; `gradients`,
+    `weights` (behind the update): fp32 by Hugging Face name, on rank 0 alone, empty elsewhere; `sharded`: a distributed
+    optimizer left each rank a part of the reduced gradient only, so `gradients` are not whole; `replay_s`: this rank's
+    seconds in replay.
+    """
+
+    loss: float
+    logprobs: NDArray[np.float64]
+    grad_norm: float
+    gradients: Tensors
+    weights: Tensors
+    counts: RouterCounts
+    sharded: bool
+    replay_s: float
+
+
+def worst_difference(found: Tensors, expected: Tensors) -> tuple[float, str]:
+    """Return the largest |difference| of a tensor relative to its largest element, and the tensor's name.
+
+    Raises `KeyError` when the names differ.
+    """
+    if found.keys() != expected.keys():
+        raise KeyError(f"tensors differ by name: {sorted(found.keys() ^ expected.keys())[:3]}")
+    return max(
+        (float(np.abs(found[name] - tensor).max() / (np.abs(tensor).max() + 1e-20)), name)
+        for name, tensor in expected.items()
+    )
