@@ -111,17 +111,19 @@ def prove(config: Config, layouts: Sequence[str | None], scratch: Path | None) -
         write_model(shrunk_config(_source(config), trainers), model)
         spec = ModelSpec.from_directory(model)
         alone = _trial(config, parse_layout(config.trainer, "dp1,padded,none"))
-        with _cluster(alone, trainers) as (place, put):
-            batch, credit = put(trial_batch(spec)), trial_advantages()
-            expected, _ = _rehearse(alone, model, place, credit, batch)
+        with _cluster(alone, trainers) as place:
+            expected, _ = _rehearse(alone, model, place, spec)
             for trainer in trainers:
-                found, moved = _rehearse(_trial(config, trainer), model, place, credit, batch)
-                checks = compare(found, expected, LIMITS[config.trainer.dtype])
-                yield Proof(describe_layout(trainer), trainer.processes, (*checks, check_memory(moved)))
+                found, copies = _rehearse(_trial(config, trainer), model, place, spec)
+                checks = compare(found, expected, LIMITS[config.trainer.dtype], copies)
+                yield Proof(describe_layout(trainer), trainer.processes, checks)
 
 
-def compare(found: Rehearsal, expected: Rehearsal, limits: Limits) -> tuple[Check, ...]:
-    """Compare a layout's step with the single process's; both from the same model and records."""
+def compare(found: Rehearsal, expected: Rehearsal, limits: Limits, copies: float) -> tuple[Check, ...]:
+    """Compare a layout's step with the single process's; both from the same model and records.
+
+    `copies`: of a block of records on one node, at most.
+    """
     counts, reference = found.counts, expected.counts
     replayed = counts.replayed == counts.required == reference.required and counts.missing == 0
     same = np.array_equal(counts.disagree, reference.disagree) and counts.disagree_any == reference.disagree_any
@@ -141,6 +143,7 @@ def compare(found: Rehearsal, expected: Rehearsal, limits: Limits) -> tuple[Chec
         _check("gradient norm", norm <= limits.gradient, f"differs by {norm:.1e} (limit {limits.gradient:.0e})"),
         _check("weights", off.mean() <= 1e-3,
                f"{off.mean():.1e} of them off by more than {limits.weight:.0e} behind the update (limit 1e-03)"),
+        _check("memory", copies == 1, f"{copies:g} copies of the records on a node"),
         # Reaching this line is the check: the rehearsal raises when a microbatch is left active.
         _check("state", True, "empty after the log-prob pass and after the step"),
     ]  # fmt: skip
@@ -149,12 +152,6 @@ def compare(found: Rehearsal, expected: Rehearsal, limits: Limits) -> tuple[Chec
         checks.insert(4, _check("gradients", worst <= limits.gradient,
                                 f"worst {worst:.1e} (limit {limits.gradient:.0e}), {name}"))  # fmt: skip
     return tuple(checks)
-
-
-def check_memory(moved: Mapping[str, float]) -> Check:
-    """Check that the ranks of a node map one copy of every block of the record."""
-    copies = moved["transport/node_copies"]
-    return _check("memory", copies == 1, f"{copies:g} of a block of the record on a node at most")
 
 
 def _check(name: str, holds: bool, detail: str) -> Check:
@@ -178,23 +175,24 @@ def _trial(config: Config, trainer: TrainerConfig) -> Config:
 
 
 @contextmanager
-def _cluster(alone: Config, trainers: Sequence[TrainerConfig]) -> Iterator[tuple[Any, Any]]:
-    """Yield room for the largest layout, and what puts an object into the store of the cluster."""
+def _cluster(alone: Config, trainers: Sequence[TrainerConfig]) -> Iterator[Any]:
+    """Yield room for the largest layout."""
     from r3.cluster import ray_cluster
-    from r3.transport import BatchRef
 
     most = max(trainers, key=lambda trainer: trainer.processes)
     with ray_cluster(alone.model_copy(update={"trainer": most})) as places:
-        yield places.trainer, BatchRef.put
+        yield places.trainer
 
 
-def _rehearse(
-    config: Config, model: Path, place: Any, credit: Any, batch: Any
-) -> tuple[Rehearsal, Mapping[str, float]]:
+def _rehearse(config: Config, model: Path, place: Any, spec: ModelSpec) -> tuple[Rehearsal, float]:
+    """Return what a layout's ranks made of the trial, and the copies of its records on a node."""
     from r3.trainer.group import TrainerGroup
+    from r3.transport import BatchRef
 
+    batch = BatchRef.put(trial_batch(spec, config.routing.block_layers))
     with TrainerGroup(config, model, place=place) as group:
-        return group.rehearse(credit, [batch])
+        found, transport = group.rehearse(trial_advantages(), [batch])
+    return found, transport["transport/node_copies"]
 
 
 def _source(config: Config) -> Mapping[str, Any]:

@@ -15,8 +15,6 @@ from r3.routing import RoutingTrace
 from r3.types import Batch, ModelSpec, Trajectory
 
 _GROUPS, _MEMBERS = 4, 3
-# Small, so that every pipeline stage has blocks to leave out.
-_BLOCK_LAYERS = 1
 # As many experts as keep every rank busy with a few; a model with more than 256 keeps its two-byte ids.
 _EXPERTS, _WIDE_EXPERTS = 32, 264
 
@@ -78,11 +76,11 @@ def write_model(config: Mapping[str, Any], directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def trial_batch(spec: ModelSpec) -> Batch:
+def trial_batch(spec: ModelSpec, block_layers: int) -> Batch:
     """Return random trajectories with random records: no router would choose so, hence nothing agrees by chance."""
     rng = np.random.default_rng(0)
-    made = [_trajectory(spec, rng, group, member) for group in range(_GROUPS) for member in range(_MEMBERS)]
-    return Batch.pack(made, _BLOCK_LAYERS)
+    samples = [_trajectory(spec, rng, group, member) for group in range(_GROUPS) for member in range(_MEMBERS)]
+    return Batch.pack(samples, block_layers)
 
 
 def trial_advantages() -> NDArray[np.float32]:

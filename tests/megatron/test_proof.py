@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from r3.metrics import RouterCounts
-from r3.proof import LIMITS, check_memory, compare
+from r3.proof import LIMITS, compare
 from r3.trainer.outcome import Rehearsal
 from tests.command import ROOT, refused, run_module
 from tests.tiny_model import write_files
@@ -46,13 +46,14 @@ def rehearsal() -> Rehearsal:
     return Rehearsal(1.0, np.zeros(5), 3.0, tensors, tensors, counts, False, 0.0)
 
 
-def failed(found: Rehearsal) -> list[str]:
-    return [check.name for check in compare(found, rehearsal(), LIMITS["float32"]) if check.state == "FAIL"]
+def failed(found: Rehearsal, copies: float = 1) -> list[str]:
+    return [check.name for check in compare(found, rehearsal(), LIMITS["float32"], copies) if check.state == "FAIL"]
 
 
 def test_every_difference_fails_its_own_check() -> None:
     same = rehearsal()
     assert failed(same) == []
+    assert failed(same, copies=2) == ["memory"]
     for fault in ({"replayed": 8}, {"mismatched_ids": 1}, {"missing": 1}, {"required": 10, "replayed": 10}):
         assert failed(replace(same, counts=replace(same.counts, **fault))) == ["ids replayed"]
     assert failed(replace(same, counts=replace(same.counts, disagree_any=1))) == ["own choice"]
@@ -63,10 +64,6 @@ def test_every_difference_fails_its_own_check() -> None:
     assert failed(replace(same, gradients=changed)) == ["gradients"]
     assert failed(replace(same, gradients={}, sharded=True)) == []
     assert failed(replace(same, weights=same.weights | {"a": same.weights["a"] + 1e-3})) == ["weights"]
-
-
-def test_a_second_copy_in_a_nodes_memory_fails() -> None:
-    assert [check_memory({"transport/node_copies": copies}).state for copies in (1.0, 2.0)] == ["ok", "FAIL"]
 
 
 def test_replay_is_proven_in_two_layouts(model: Path) -> None:
@@ -87,7 +84,6 @@ def test_replay_is_proven_in_two_layouts(model: Path) -> None:
             "gradient norm",
             "weights",
             "state",
-            "memory",
         ]
 
 

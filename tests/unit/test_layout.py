@@ -81,5 +81,7 @@ def test_the_small_model_can_be_cut_by_every_layout(experts: int, layouts: list[
 
 def test_trial_trajectories_are_always_the_same() -> None:
     spec = ModelSpec.from_hf_config(CONFIG)
-    assert trial_batch(spec).crc32.tolist() == trial_batch(spec).crc32.tolist()
-    assert len(trial_batch(spec)) == len(trial_advantages())
+    blocks, again = trial_batch(spec, 3).blocks, trial_batch(spec, 3).blocks
+    assert [block.layers for block in blocks] == [(0, 1, 2), (3,)]
+    assert [block.crc32.tolist() for block in blocks] == [block.crc32.tolist() for block in again]
+    assert len(trial_batch(spec, 3)) == len(trial_advantages())
