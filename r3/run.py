@@ -41,13 +41,9 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.dir={path} cannot be made: {error.strerror}") from error
-        found = {entry.name for entry in path.iterdir()} - {LOCK}
-        if found and not overwrite:
-            raise ConfigError(
-                f"run.dir={path} is not empty; go on with --resume {path}, delete what is there with --overwrite, or "
-                "choose another run.dir"
-            )
-        for name in found.intersection(_OWN):
+        if not overwrite:
+            require_unused(path)
+        for name in {entry.name for entry in path.iterdir()}.intersection(_OWN):
             own = path / name
             shutil.rmtree(own) if own.is_dir() else own.unlink()
         run = cls(path)
@@ -109,6 +105,15 @@ class RunDirectory:
             json.dumps({"state": state, "pid": os.getpid(), "time": round(time.time(), 3), **facts}, indent=1)
         )
         os.replace(part, self.path / "status.json")
+
+
+def require_unused(path: Path) -> None:
+    """Raise `ConfigError` when a run directory already holds something."""
+    if path.is_dir() and {entry.name for entry in path.iterdir()} - {LOCK}:
+        raise ConfigError(
+            f"run.dir={path} is not empty; go on with --resume {path}, delete what is there with --overwrite, or "
+            "choose another run.dir"
+        )
 
 
 def changed_keys(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:

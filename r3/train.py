@@ -18,7 +18,7 @@ from r3._identity import require_own_packages
 from r3.checkpoint import FOLDER, Checkpoint, CheckpointStore, find, run_lock, run_of
 from r3.config import Config, describe, load_config, run_directory
 from r3.errors import CheckpointError, ConfigError, R3Error
-from r3.run import RESOLVED, RunDirectory, read_rows
+from r3.run import RESOLVED, RunDirectory, read_rows, require_unused
 from r3.summary import summarise
 
 USAGE = "python -m r3.train --config FILE [key.path=value ...] [--resume [PATH] | --overwrite] [--dry-run]"
@@ -110,6 +110,8 @@ def _run(job: Job) -> int:
     """Train and leave `status.json` with the outcome, whatever it is."""
     if job.resume is not None and not (job.run / RESOLVED).is_file():
         raise CheckpointError(f"--resume {job.resume}: no run there ({job.run / RESOLVED} is missing)")
+    if job.resume is None and not job.overwrite:
+        require_unused(job.run)  # before the lock, which leaves a file
     with run_lock(job.run):
         checkpoint = None
         if job.resume is None:
