@@ -9,6 +9,8 @@ Each row is one log-prob pass and one update on 12 random trajectories with rand
 used, difference of the loss, worst difference of a gradient tensor relative to its largest element. bfloat16 rows are
 compared with a single process in bfloat16. Under the distributed optimizer a rank has only its shard of the gradient,
 so the share of weights that differ by more than 2e-5 behind the update stands in its place.
+
+    python scripts/bench/layouts.py --from FILE...       the compact table of docs/layouts.md from lines printed before
 """
 
 from __future__ import annotations
@@ -74,12 +76,39 @@ def rows(names: list[str], world: int, directory: Path, batch: Batch, dtypes: li
                         yield name, str(world), "packed" if packed else "padded", recompute, dtype, *cells
 
 
+def compact(lines: Iterator[str]) -> Iterator[str]:
+    """Turn lines that this script printed into one row per layout, of the largest differences."""
+    worst: dict[tuple[str, str], dict[str, tuple[int, float, float]]] = {}
+    sharded = set()
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if len(cells) != len(HEAD) or cells[0] == HEAD[0] or set(cells[0]) == {"-"}:
+            continue
+        name, world, _, _, dtype, missed, loss, last = cells
+        if last.startswith("weights off"):
+            sharded.add(name)
+        found = worst.setdefault((name, world), {}).get(dtype, (0, 0.0, 0.0))
+        gradient = float(last.split()[-1])
+        worst[name, world][dtype] = (found[0] + int(missed), max(found[1], float(loss)), max(found[2], gradient))
+    yield "| layout | processes | ids not replayed | fp32: loss | fp32: gradient | bf16: loss | bf16: gradient |"
+    yield "|---" * 7 + "|"
+    for (name, world), kinds in worst.items():
+        note = "weights off: " if name in sharded else ""
+        figures = [f"{kinds[d][1]:.1e} | {note}{kinds[d][2]:.1e}" for d in ("float32", "bfloat16")]
+        missed = sum(kind[0] for kind in kinds.values())
+        yield f"| {name} | {world} | {missed} | " + " | ".join(figures) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="the layouts of four processes")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="some layouts only")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--from", dest="files", nargs="+", type=Path, metavar="FILE", help="make the compact table")
     options = parser.parse_args()
+    if options.files:
+        print(*compact(line for file in options.files for line in file.open()), sep="\n")
+        return
     known = LARGE_LAYOUTS if options.large else LAYOUTS
     names = options.layouts or list(known)
     if set(names) - set(known):
