@@ -45,14 +45,20 @@ class Tracker:
             try:
                 self._wandb.log(row)
             except Exception as error:  # noqa: BLE001 - the tracker is a guest: whatever it raises must not end a run
-                log.warning("W&B failed and is switched off for the rest of the run: %s", error)
-                self._run.log_event("wandb_failed", error=str(error))
-                self._wandb = None
+                self._give_up(error)
 
     def close(self, exit_code: int) -> None:
         """Finish the W&B run; offline data stays under `RUN/wandb` for `wandb sync`."""
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+            try:
+                self._wandb.finish(exit_code=exit_code)
+            except Exception as error:  # noqa: BLE001 - `ray job stop` ends W&B's own process together with ours
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("W&B failed and is switched off for the rest of the run: %s", error)
+        self._run.log_event("wandb_failed", error=str(error))
+        self._wandb = None
 
 
 def console_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:

@@ -83,6 +83,17 @@ def test_a_failing_tracker_warns_once_and_never_stops_a_run(tmp_path, monkeypatc
     assert read_rows(run.path / "events.jsonl")[0]["event"] == "wandb_failed"
 
 
+def test_a_tracker_that_cannot_finish_hides_no_outcome(tmp_path, monkeypatch):
+    class Gone:
+        def finish(self, exit_code):
+            raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr("r3.tracking.open_wandb", lambda config, path: Gone())
+    run = RunDirectory.create(tmp_path / "run", Config())
+    Tracker(Config(), run).close(143)
+    assert read_rows(run.path / "events.jsonl")[-1]["error"] == "Connection lost"
+
+
 @pytest.mark.parametrize(
     ("config", "environ", "mode"),
     [
