@@ -16,6 +16,8 @@ from typing import Any
 from r3.config import TrainerConfig
 
 TIMEOUT_S = 300.0
+# Shorter, so that a rank that waits for a failed one answers too.
+COLLECTIVE_TIMEOUT_S = 120.0
 # In a rank: the store that all ranks share, and a name per rendezvous.
 _shared: list[Any] = []
 _meetings = itertools.count()
@@ -31,6 +33,7 @@ class GlooPool:
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
+        self._lost: str | None = None
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
@@ -39,13 +42,18 @@ class GlooPool:
             self._pipes.append(ours)
             self._processes.append(process)
         # Rank 0 opens the rendezvous, the others are told where.
-        address = self._receive(0)
+        _, address = self._receive(0)
         for pipe in self._pipes:
             pipe.send(address)
         self._receive_all()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Return what `function` returned in each rank, by rank; an error in any of them is raised here."""
+        """Return what `function` returned in each rank, by rank; an error in any of them is raised here.
+
+        After a rank that gave no answer, every further call fails at once: the ranks are no longer in step.
+        """
+        if self._lost is not None:
+            raise RuntimeError(f"the gloo pool is lost: {self._lost}")
         for pipe in self._pipes:
             pipe.send((function, args))
         return self._receive_all()
@@ -69,15 +77,21 @@ class GlooPool:
                 process.join()
 
     def _receive_all(self) -> list[Any]:
-        return [self._receive(rank) for rank in range(len(self._pipes))]
+        # Every answer is taken before an error is raised, or it would be the next call's.
+        answers = [self._receive(rank) for rank in range(len(self._pipes))]
+        failed = [
+            f"rank {rank} of the gloo pool failed:\n{value}" for rank, (ok, value) in enumerate(answers) if not ok
+        ]
+        if failed:
+            raise RuntimeError("\n".join(failed))
+        return [value for _, value in answers]
 
-    def _receive(self, rank: int) -> Any:
+    def _receive(self, rank: int) -> tuple[bool, Any]:
         if not self._pipes[rank].poll(TIMEOUT_S):
-            raise TimeoutError(f"rank {rank} of the gloo pool gave no answer within {TIMEOUT_S:g} s")
-        kind, value = self._pipes[rank].recv()
-        if kind == "error":
-            raise RuntimeError(f"rank {rank} of the gloo pool failed:\n{value}")
-        return value
+            self._lost = f"rank {rank} gave no answer within {TIMEOUT_S:g} s"
+            raise TimeoutError(self._lost)
+        answer: tuple[bool, Any] = self._pipes[rank].recv()
+        return answer
 
 
 @contextmanager
@@ -103,7 +117,7 @@ def _rejoin(layout: TrainerConfig | None) -> None:
     parallel.leave()
     gc.collect()
     store = dist.PrefixStore(f"meeting-{next(_meetings)}", _shared[0]) if world > 1 else dist.HashStore()
-    parallel.join(store, rank, world, seed=0, timeout_s=TIMEOUT_S, layout=layout)
+    parallel.join(store, rank, world, seed=0, timeout_s=COLLECTIVE_TIMEOUT_S, layout=layout)
 
 
 def _serve(rank: int, world: int, pipe: Connection) -> None:
@@ -117,18 +131,18 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
     store: dist.Store | None = None
     if rank == 0:
         store, _ = parallel.open_store(world)
-        pipe.send(("value", ("127.0.0.1", store.port)))
+        pipe.send((True, ("127.0.0.1", store.port)))
     host, port = pipe.recv()
     store = store or dist.TCPStore(host, port, world, is_master=False)
     _shared.append(store)
-    parallel.join(store, rank, world, seed=0, timeout_s=TIMEOUT_S)
-    pipe.send(("value", None))
+    parallel.join(store, rank, world, seed=0, timeout_s=COLLECTIVE_TIMEOUT_S)
+    pipe.send((True, None))
     while True:
         try:
             function, args = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(("value", function(*args)))
+            pipe.send((True, function(*args)))
         except Exception:  # noqa: BLE001 - whatever it was, the test that asked must see it
-            pipe.send(("error", traceback.format_exc()))
+            pipe.send((False, traceback.format_exc()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,9 @@ class Started:
 def started(run: Path, *arguments: str, **environment: str) -> Iterator[Started]:
     """Run the command in a session of its own; whatever is left of it at the end is killed."""
     mark = uuid.uuid4().hex
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Inherited where the tests run in a shell's background, and the command would inherit it again.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run.parent.mkdir(parents=True, exist_ok=True)
     with (run.parent / "output.txt").open("a") as output:
         process = subprocess.Popen(

@@ -42,12 +42,14 @@ class LocalCluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     mark = uuid.uuid4().hex
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent, client = (free_port() for _ in range(4))
     # Not pytest's own directory: Ray's sockets live here, and their paths are short.
     begun = subprocess.run(
         [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={gcs}", "--num-cpus=2",
             f"--dashboard-port={dashboard}", "--include-dashboard=true", "--disable-usage-stats",
+            # The fixed defaults are taken where another Ray runs; jobs are started by the agent.
+            f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
         ],
         env=child_environment(mark), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
