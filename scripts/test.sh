@@ -30,4 +30,5 @@ gate mypy -p r3
 layers
 # mkdocs-material announces its successor on every build.
 NO_MKDOCS_2_WARNING=1 gate mkdocs build --strict --quiet
-gate pytest -m "not slow and not gpu" "$@"
+# Something shared is broken where ten tests fail; the rest would only take their time-outs.
+gate pytest -m "not slow and not gpu" --maxfail=10 "$@"
