@@ -21,11 +21,12 @@ from r3.routing import RoutingTrace
 from r3.trainer.model import Architecture, build_model, transformer_config
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.trainer.policy import Policy, RoutingUse
+from r3.trainer.rehearsal import rehearse
 from r3.trainer.replay import ReplayContext, ReplayRouter, router_order
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool
 from tests.megatron import test_replay, test_routers
-from tests.megatron.layouts import layout_config, run_layout
+from tests.megatron.layouts import laid_out, layout_config, run_layout
 from tests.megatron.test_replay import accumulate, assert_same, make_policy, routing_of
 from tests.megatron.test_routers import SIGMOID, policy_with, routed, routers
 from tests.megatron.toys import make_batch, make_config, prepare, write_model
@@ -78,11 +79,9 @@ class Bench:
 
 
 def single_process(directory: Path, batch: Batch) -> Rehearsal:
-    from tests.megatron.layouts import run_policy
-
     config = make_config(trainer={"packed": False, "micro_batch_size": 64})
     policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
-    return run_policy(policy, config, batch, FORCED)
+    return rehearse(policy, *laid_out(policy, config, batch), FORCED)
 
 
 def exact(bench: Bench, policy: Policy) -> None:
