@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from r3.config import Config
-from r3.trainer.convert import load_weights, named_weights
+from r3.trainer.convert import load_weights
 from r3.trainer.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -55,22 +55,8 @@ def build_chunks(
     virtual = config.trainer.virtual_pipeline
     stages = range(virtual) if virtual > 1 else [None]
     chunks = [build_model(arch, layout, replay=replay, vp_stage=stage) for stage in stages]
-    for chunk in chunks:
-        _mark_parts(chunk, arch)
     load_weights(chunks, arch, directory)
     return [_in_compute_dtype(chunk, layout) for chunk in chunks]
-
-
-def _mark_parts(chunk: torch.nn.Module, arch: Architecture) -> None:
-    """Mark every weight of which another tensor rank holds another part.
-
-    Megatron-core takes unmarked weights of all tensor ranks but the first for copies and leaves them out of the
-    gradient norm. It marks them when it initialises them, which a loaded model skips, and never marks the experts under
-    `expert_tensor_parallel: 1`, which differ from rank to rank all the same.
-    """
-    for weight in named_weights(chunk, arch):
-        if weight.rule.cut != "none":
-            weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:

@@ -219,6 +219,11 @@ def load_weights(
 ) -> None:
     """Fill every parameter of this rank from the safetensors files in `directory`, cast to the parameter's dtype.
 
+    A parameter of which another tensor rank holds another part is marked as such. Megatron-core takes unmarked ones of
+    all tensor ranks but the first for copies and leaves them out of the gradient norm; it marks them when it
+    initialises them, which a loaded model skips, and never marks the experts under `expert_tensor_parallel: 1`, which
+    differ from rank to rank all the same.
+
     Raises `CheckpointError` for a tensor that is missing or has another shape.
     """
     with HfTensors(Path(directory)) as tensors:
@@ -231,6 +236,8 @@ def load_weights(
                     f"config.json promises {tuple(weight.parameter.shape)}"
                 )
             weight.parameter.copy_(value)
+            if weight.rule.cut != "none":
+                weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def export_weights(

@@ -53,7 +53,7 @@ def test_driven_right_it_gives_our_gradients(policies: tuple[Policy, Policy]) ->
 def test_it_runs_on_with_a_wrong_record(policies: tuple[Policy, Policy], spoil: Spoiler) -> None:
     """Ours refuses these before a model sees them (`test_limits.py`)."""
     _, native = policies
-    step, microbatches = prepare(native, make_batch(native._arch.spec), 5)
+    step, microbatches = prepare(native, make_batch(native.arch.spec), 5)
     right = accumulate(native, step, microbatches, FORCED)[1]
     native.replay.clear()
     native.replay.spoil = spoil

@@ -83,6 +83,7 @@ def test_replay_is_proven_in_two_layouts(model: Path) -> None:
             "gradients",
             "gradient norm",
             "weights",
+            "memory",
             "state",
         ]
 
