@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from r3.cluster import Demand, demand, ray_cluster
+from r3.cluster import Demand, _reserve, demand, ray_cluster
 from r3.config import Config
 from r3.errors import EngineError
 
@@ -29,6 +32,12 @@ def config(**sections: dict[str, object]) -> Config:
     return Config.model_validate(sections)
 
 
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a process of its own: this one may hold the test session's Ray connection, and holds one at most."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result(timeout=300)
+
+
 def nodes_of(place: object, actors: int) -> list[str]:
     """Run a task in every bundle of a placement group and return the nodes that they ran on."""
     import ray
@@ -42,36 +51,45 @@ def nodes_of(place: object, actors: int) -> list[str]:
     return ray.get([remote.options(num_cpus=1, scheduling_strategy=spot).remote() for spot in spots], timeout=120)
 
 
+def places_of(wanted: Config) -> tuple[list[str], list[str]]:
+    """The nodes of two trainer ranks and of one rollout worker."""
+    with ray_cluster(wanted) as places:
+        return nodes_of(places.trainer, 2), nodes_of(places.rollout, 1)
+
+
+def enter(wanted: Config) -> None:
+    with ray_cluster(wanted):
+        pass
+
+
+def enter_a_full_one(wanted: Config) -> None:
+    import ray
+
+    with ray_cluster(config(trainer={"processes": 1})):
+        group = ray.util.placement_group([{"CPU": 1}] * 2)
+        assert group.wait(60)
+        _reserve(wanted)
+
+
 @pytest.mark.parametrize(("placement", "nodes"), [("spread", 2), ("pack", 1)])
 def test_ranks_are_packed_or_spread(two_nodes, monkeypatch, placement, nodes):
     monkeypatch.setenv("RAY_ADDRESS", two_nodes)
-    wanted = config(trainer={"processes": 2, "placement": placement})
-    with ray_cluster(wanted) as places:
-        assert len(set(nodes_of(places.trainer, 2))) == nodes
-        assert len(nodes_of(places.rollout, 1)) == 1
+    trainer, rollout = alone(places_of, config(trainer={"processes": 2, "placement": placement}))
+    assert len(set(trainer)) == nodes
+    assert len(rollout) == 1
 
 
 def test_a_cluster_that_is_too_small_is_refused(two_nodes, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", two_nodes)
-    with (
-        pytest.raises(EngineError, match="needs 5 CPUs for its actors, the Ray cluster has 4"),
-        ray_cluster(config(trainer={"processes": 4})),
-    ):
-        pass
+    with pytest.raises(EngineError, match="needs 5 CPUs for its actors, the Ray cluster has 4"):
+        alone(enter, config(trainer={"processes": 4}))
 
 
 def test_a_cluster_that_others_fill_is_refused_in_time(two_nodes, monkeypatch):
-    import ray
-
     monkeypatch.setenv("RAY_ADDRESS", two_nodes)
     wanted = config(trainer={"processes": 2, "start_timeout_s": 1}, rollout={"start_timeout_s": 1})
-    with ray_cluster(config(trainer={"processes": 1})):
-        group = ray.util.placement_group([{"CPU": 1}] * 2)
-        assert group.wait(60)
-        from r3.cluster import _reserve
-
-        with pytest.raises(EngineError, match=r"no room for the .* actors within 1 s"):
-            _reserve(wanted)
+    with pytest.raises(EngineError, match=r"no room for the .* actors within 1 s"):
+        alone(enter_a_full_one, wanted)
 
 
 def test_demand_counts_every_actor():
