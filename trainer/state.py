@@ -76,16 +76,17 @@ def _optimizer_state(part: Any) -> dict[str, Any]:
 
 
 def _load_optimizer(part: Any, state: dict[str, Any]) -> None:
-    configured = [{key: group[key] for key in _CONFIGURED if key in group} for group in part.param_groups]
+    inner = state["inner"] if "inner" in state else state["whole"].get("optimizer", state["whole"])
+    # Before the load: Megatron-core 0.19.2 finds a group by such values and refuses one that a user has changed.
+    for group, saved in zip(part.param_groups, inner["param_groups"], strict=True):
+        saved.update({key: group[key] for key in _CONFIGURED if key in group})
     if "whole" in state:
         part.load_state_dict(state["whole"])
     else:
-        part.optimizer.load_state_dict(state["inner"])
+        part.optimizer.load_state_dict(inner)
         found = [shard for group in part.optimizer.param_groups for shard in group["params"]]
         for shard, saved in zip(found, state["shards"], strict=True):
             shard.data.copy_(saved)
-    for group, values in zip(part.param_groups, configured, strict=True):
-        group.update(values)
 
 
 def _random_states() -> dict[str, Any]:

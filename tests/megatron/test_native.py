@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,22 @@ def test_driven_right_it_gives_our_gradients(policies: tuple[Policy, Policy]) ->
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_it_runs_on_with_a_wrong_record(policies: tuple[Policy, Policy], spoil: Spoiler) -> None:
-    """Ours refuses these before a model sees them (`test_limits.py`)."""
+    """Ours refuses these before a model sees them (`test_limits.py`).
+
+    In Megatron-core 0.19.2 the dispatcher fails on rows with an expert twice, without a word of routing.
+    """
     _, native = policies
     step, microbatches = prepare(native, make_batch(native.arch.spec), 5)
     right = accumulate(native, step, microbatches, FORCED)[1]
     native.replay.clear()
     native.replay.spoil = spoil
-    assert difference(accumulate(native, step, microbatches, FORCED)[1], right) > 1e-2
+    repeats = spoil is not SPOILED["shifted by one row"]
+    if repeats and not version("megatron-core").startswith("0.16."):
+        with pytest.raises(RuntimeError, match="split_with_sizes"):
+            accumulate(native, step, microbatches, FORCED)
+        return
+    found = accumulate(native, step, microbatches, FORCED)[1]
+    assert difference(found, right) > 1e-2
 
 
 def test_a_pass_without_backward_spoils_the_next_one(policies: tuple[Policy, Policy]) -> None:

@@ -22,7 +22,7 @@ from r3.trainer.model import layer_spec, transformer_config
 from r3.trainer.modules import RMSNorm
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.replay import MicrobatchRouting, ReplayContext, ReplayRouter, router_order
-from tests.megatron.test_replay import accumulate, assert_same, make_policy, routing_of
+from tests.megatron.test_replay import accumulate, assert_agree, assert_same, make_policy, routing_of
 from tests.megatron.toys import make_batch, make_config, prepare, write_mixtral, write_model
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("single_rank")]
@@ -155,8 +155,7 @@ def test_every_kind_replays_every_id_also_when_recomputed(
         assert (counts.disagree > counts.compared // 2).all(), "random records are not the own choice"
         found.append(accumulate(policy, step, microbatches, FORCED))
     for other in found[1:]:
-        assert found[0][0] == other[0]
-        assert_same(found[0][1], other[1])
+        assert_agree(found[0], other, "full")
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
