@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from r3.errors import RoutingError
+from r3.errors import CheckpointError, RoutingError
 from r3.routing import Provenance, RoutingTrace, Span, TokenIds, expert_dtype, rows_checksum
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
@@ -53,9 +53,9 @@ class Fault(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where a record lies in a buffer of several: its index, its offset, its bytes."""
+    """Where a record lies in a buffer of several: its number from 0, its offset, its bytes."""
 
-    index: int
+    number: int
     offset: int
     data: memoryview
 
@@ -169,16 +169,16 @@ def scan(data: Buffer) -> Iterator[Stored]:
         try:
             yield _checked(frame.data)
         except RoutingError as error:
-            raise RoutingError(f"record {frame.index} at byte {frame.offset}: {error}") from error
+            raise RoutingError(f"record {frame.number} at byte {frame.offset}: {error}") from error
 
 
 def split(data: Buffer) -> Iterator[Frame]:
     """Yield where each record of `data` lies, by magic number and length alone; raise `RoutingError` where none can."""
     view = memoryview(data).cast("B")
-    offset = index = 0
+    offset = number = 0
     while offset < len(view):
         rest = view[offset:]
-        where = f"record {index} at byte {offset}: "
+        where = f"record {number} at byte {offset}: "
         if len(rest) < _HEADER.size:
             raise RoutingError(f"{where}{len(rest)} bytes are left, a header has {_HEADER.size}; the file is cut off")
         if rest[: len(MAGIC)] != MAGIC:
@@ -189,8 +189,8 @@ def split(data: Buffer) -> Iterator[Frame]:
                 f"{where}its length is {length}, but {len(rest)} bytes are left; the file is cut off or the length "
                 "is wrong (a multiple of 8 is required)"
             )
-        yield Frame(index, offset, rest[:length])
-        offset, index = offset + length, index + 1
+        yield Frame(number, offset, rest[:length])
+        offset, number = offset + length, number + 1
 
 
 def faults(frame: memoryview) -> tuple[list[Fault], Stored | None]:
@@ -225,7 +225,10 @@ def map_file(path: Path) -> Buffer:
 
 
 def write_records(path: Path, records: Iterable[tuple[RoutingTrace, TokenIds | None]]) -> int:
-    """Write records and their tokens to a file that is whole or absent; return their number. Raises `RoutingError`."""
+    """Write records and their tokens to a file that is whole or absent; return their number.
+
+    Raises `RoutingError` for a record that is wrong, `CheckpointError` where the file cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
     count = 0
     try:
@@ -238,7 +241,7 @@ def write_records(path: Path, records: Iterable[tuple[RoutingTrace, TokenIds | N
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise RoutingError(f"{path} cannot be written: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
     return count
