@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,7 +244,9 @@ def write_records(path: Path, records: Iterable[tuple[RoutingTrace, TokenIds | N
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        # Where the folder could not be made there is nothing to remove, and that is the error to show.
+        with suppress(OSError):
+            part.unlink()
     return count
 
 
@@ -282,7 +285,8 @@ def _parse(data: memoryview) -> _Parsed:
             f"top-{header.top_k}, {header.spans} spans and {header.tokens} tokens need {sections.end}"
         )
     has_tokens, provenance = header.flags == _HAS_TOKENS, header.provenance
-    if header.flags > _HAS_TOKENS or provenance >= len(_PROVENANCES) or (header.tokens and not has_tokens):
+    known = header.flags <= _HAS_TOKENS and provenance < len(_PROVENANCES) and not (header.reserved or header.padding)
+    if not known or (header.tokens and not has_tokens):
         raise RoutingError(
             f"flags {header.flags}, provenance {provenance}, {header.tokens} tokens: unknown to version 1"
         )
@@ -325,11 +329,16 @@ def _check_header(parsed: _Parsed) -> None:
 
 
 def _check_padding(parsed: _Parsed) -> None:
-    header, sections = parsed.header, parsed.sections
-    rows_end = sections.rows + parsed.stored.trace.experts.nbytes
-    for begin, end in ((sections.tokens + 4 * header.tokens, sections.rows), (rows_end, sections.end)):
-        if any(parsed.data[begin:end]):
-            raise RoutingError(f"bytes {begin} to {end - 1} are padding and not 0; they changed")
+    header, (layers, spans, engine, tokens, rows, end) = parsed.header, parsed.sections
+    paddings = (
+        (layers + 4 * header.layers, spans),
+        (engine + header.engine_bytes, tokens),
+        (tokens + 4 * header.tokens, rows),
+        (rows + parsed.stored.trace.experts.nbytes, end),
+    )
+    for filled, following in paddings:
+        if any(parsed.data[filled:following]):
+            raise RoutingError(f"bytes {filled} to {following - 1} are padding and not 0; they changed")
 
 
 def _check_rows(parsed: _Parsed) -> None:

@@ -153,6 +153,8 @@ WRONG_FIELDS = {
     "version": (8, "<H", 2, "format version 2"),
     "header size": (10, "<H", 88, "header of 88 bytes"),
     "unknown flag": (12, "<I", 2, "flags 2"),
+    "reserved field": (46, "<H", 1, "unknown to version 1"),
+    "second reserved field": (72, "<I", 1, "unknown to version 1"),
     "tokens without flag": (12, "<I", 0, "60 tokens: unknown"),
     "length": (16, "<Q", HUGE, "length is 1152921504606846976"),
     "length of nothing": (16, "<Q", 0, "length is 0"),
@@ -217,12 +219,16 @@ def test_padding_that_changed_is_found():
     data = make(layers=(1, 2, 5), tokens=tokens).to_bytes(tokens)
     rows_end = 80 + 16 + 24 + 16 + 248 + 60 * 12
     assert rows_end == len(data) == 1104
-    for at, message in ((93, "header"), (134, "header"), (136 + 244, "padding and not 0")):
+    for at in (93, 134, 136 + 244):
         assert data[at] == 0
         changed = bytearray(data)
         changed[at] = 1
-        with pytest.raises(RoutingError, match=message):
-            record.decode(changed)
+        with pytest.raises(RoutingError, match="padding and not 0"):
+            record.decode(seal(changed))
+    bare = bytearray(make(layers=(1, 2, 5), tokens=tokens[:1]).to_bytes())
+    bare[-1] = 1
+    with pytest.raises(RoutingError, match="padding and not 0"):
+        record.decode(seal(bare))
 
 
 def test_records_lie_one_behind_the_other(tmp_path: Path):
