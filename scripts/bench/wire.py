@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Measure what a routing record costs on its way in: decode, wire form, Ray; write docs/benchmarks/wire.json and docs/benchmarks.md.
+"""Measure what a routing record costs on its way in: decode, wire form, Ray; write docs/benchmarks.md.
 
     python scripts/bench/wire.py
     python scripts/bench/wire.py --no-ray --print
 
-One sample of 32,768 tokens x 48 layers x top-8 of 128 experts by default, and everything in one run, so that the ratios
-mean something on a busy machine. Wall time, best of the repeats. Each row is `name, value, unit, baseline, ratio`; ratio
-is value / value of the baseline. *Plain* is what a client writes that takes shape and content on trust.
+One sample of 32,768 tokens x 48 layers x top-8 of 128 experts by default, and everything in one run, so that the
+ratios mean something on a busy machine. Wall time, best of the repeats. Rows of docs/benchmarks/wire.json are `name,
+value, unit, baseline, ratio`; ratio is value / value of the baseline. *Plain* is what a client writes that takes shape
+and content on trust.
 """
 
 from __future__ import annotations

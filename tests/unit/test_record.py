@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tracemalloc
 import zlib
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from r3 import record
 from r3.errors import RoutingError
 from r3.routing import RoutingTrace, Span, checksum
 from r3.types import Batch
+from tests.command import ROOT
 from tests.unit.strategies import distinct_experts, records, records_with_gaps, trajectories
 
 TOKENS = np.arange(100, 160, dtype=np.int32)
@@ -104,6 +107,19 @@ def test_the_bytes_are_where_the_documentation_says():
     assert zlib.crc32(data[begin : begin + size]) == rows_crc32
     assert zlib.crc32(data[136:376], rows_crc32) == crc32 == trace.crc32
     assert zlib.crc32(data[80:136], zlib.crc32(data[:76])) == meta_crc32
+
+
+@given(records_with_gaps(), st.booleans())
+def test_the_reader_that_the_documentation_shows_reads_every_record(made, with_tokens):
+    trace, tokens = made
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "record.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ids, layers, spans, found = names["read"](trace.to_bytes(tokens if with_tokens else None))
+    assert np.array_equal(ids, trace.experts)
+    assert tuple(layers.tolist()) == trace.layers
+    assert [tuple(span) for span in spans.tolist()] == [tuple(span) for span in trace.spans]
+    assert np.array_equal(found, tokens) if with_tokens else found is None
 
 
 def test_rows_are_a_read_only_view_of_the_bytes():
