@@ -1,7 +1,7 @@
 """The wire form of routing records, for files and HTTP: `docs/record.md` describes it byte by byte.
 
 Reference reader and writer; numpy only. Every size in the header is compared with the bytes that are there before
-anything is read or allocated by it, so a reader needs no more memory than its input; whatever is wrong raises
+anything is read or allocated by it, so a reader takes at most 16 times its input and 1 MiB; whatever is wrong raises
 `RoutingError`.
 """
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from r3.config import Config
 from r3.errors import CheckpointError
+from r3.loop import saves_records
 from r3.record import read_records
 from r3.transport import BatchRef, Fetched, Mapped, Page, Saving, fetch, pages, transport_metrics
 from r3.types import Batch
@@ -107,6 +109,17 @@ def test_each_node_fetches_a_block_once() -> None:
         objects, size = found[key]
         assert objects == blocks
         assert blocks * found["block bytes"] <= size < (blocks + 0.5) * found["block bytes"]
+
+
+def test_records_of_every_nth_step_are_saved() -> None:
+    def saved(**routing: Any) -> list[int]:
+        config = Config.model_validate({"routing": routing, "replay": {"mode": "none"}})
+        return [step for step in range(1, 10) if saves_records(config, step)]
+
+    assert saved() == []
+    assert saved(save_every=4) == [4, 8]
+    assert saved(save_every=1) == list(range(1, 10))
+    assert saved(save_every=1, capture=False) == []
 
 
 @pytest.mark.ray

@@ -212,6 +212,32 @@ def test_a_wrong_field_is_named_and_costs_no_memory(offset, form, value, message
     assert peak < 2**20, "a size field was believed before it was compared with the bytes that are there"
 
 
+def greedy_records() -> list[tuple[RoutingTrace, np.ndarray]]:
+    """Valid records in which little input becomes many objects: a span for every row, all layers, rows of one id."""
+    rows, spans = 200_000, tuple(Span(2 * i, 2 * i + 1, i) for i in range(20_000))
+    return [
+        (one_id(len(spans), spans), np.zeros(40_001, np.int32)),
+        (one_id(rows, (Span(0, rows, 1),)), np.zeros(rows + 1, np.int32)),
+        (replace(one_id(1, (Span(0, 1, 1),)), layers=tuple(range(2**16)), experts=np.zeros((1, 2**16, 1), np.uint8)),
+         np.zeros(2, np.int32)),
+    ]  # fmt: skip
+
+
+def one_id(rows: int, spans: tuple[Span, ...]) -> RoutingTrace:
+    return RoutingTrace(np.zeros((rows, 1, 1), np.uint8), (0,), 2, spans, "e", "unknown", 0)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_reading_takes_a_bounded_multiple_of_the_input(i):
+    trace, tokens = greedy_records()[i]
+    data = replace(trace, crc32=checksum(trace.experts, tokens)).to_bytes(tokens)
+    tracemalloc.start()
+    record.decode(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * len(data) + 2**20
+
+
 def test_a_flipped_bit_in_a_sealed_row_is_found_by_its_structure():
     """Rows and checksums that agree are still no record of a router that names an expert twice."""
     trace = make()
