@@ -1,7 +1,7 @@
 """What cannot be true of routing rows, found without another forward pass; numpy only.
 
 The whole check costs at most 2 ms per million ids on one core (`scripts/bench/checks.py`): it runs over every sample,
-beside generation. A well-formed row of another token, layer or request passes all of it; `docs/detection.md` says what
+beside generation. A well-formed row of another token, layer or request passes all of it; `docs/checks.md` says what
 finds those.
 """
 

@@ -154,7 +154,7 @@ def found_by_structure(sample: Sample, rows: Ids) -> bool:
 
 
 def found_by_meaning(sample: Sample, rows: Ids) -> bool:
-    """Compare wrong rows with the trainer's own choice, as the rules of docs/detection.md say."""
+    """Compare wrong rows with the trainer's own choice, as the rules of docs/checks.md say."""
     shared = min(len(rows), len(sample.own))
     if not shared:
         return True

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the structural checks of a routing record, and print the table of docs/detection.md.
+"""Measure the structural checks of a routing record, and print the table of docs/checks.md.
 
     python scripts/bench/checks.py
     python scripts/bench/checks.py --tokens 8192 --repeats 21

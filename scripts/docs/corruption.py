@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure which stage finds which corruption of a routing record, and write the table of docs/detection.md.
+"""Measure which stage finds which corruption of a routing record, and write the table of docs/checks.md.
 
     python scripts/docs/corruption.py
     python scripts/docs/corruption.py --trials 200 --print
@@ -24,7 +24,7 @@ import numpy as np
 from tests.corruption import CHANGES, changed, found_by_meaning, found_by_structure, found_on_wire, refused
 from tests.synthetic_router import Router, Sample, Shape
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "detection.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "checks.md"
 BEGIN, END = "<!-- corruption table: scripts/docs/corruption.py -->", "<!-- end of corruption table -->"
 SHAPES = (Shape(4, 4, 16), Shape(8, 8, 64), Shape(8, 8, 256), Shape(8, 8, 384))
 HEAD = "| corruption | wire | structural | semantic |\n|---|---|---|---|"

@@ -17,7 +17,7 @@ from tests.synthetic_router import Router, Sample, Shape
 SHAPES = (Shape(4, 4, 16), Shape(6, 8, 64), Shape(6, 8, 300))
 LENGTHS = (80, 300, 600)
 SAMPLES: list[list[Sample]] = []
-# What a stage must find every single time; docs/detection.md has the rates of the rest.
+# What a stage must find every single time; docs/checks.md has the rates of the rest.
 BY_STRUCTURE = (
     "duplicated id", "zeros (rows never written)", "-1 in two slots", "last rows missing",
     "one row over 67 others or more",
@@ -76,7 +76,7 @@ def test_meaning_finds_well_formed_rows_of_another_place(name: str, case: tuple[
 @settings(max_examples=30)
 @given(case=cases)
 def test_structure_alone_cannot_see_a_well_formed_row_of_another_place(case: tuple[int, int, int]) -> None:
-    """The reason for the semantic checks; were it to fail, docs/detection.md would promise too little."""
+    """The reason for the semantic checks; were it to fail, docs/checks.md would promise too little."""
     for name in BY_MEANING:
         assert not found_by_structure(*wrong_rows(name, case))
 
@@ -116,7 +116,7 @@ def test_the_table_of_the_documentation_can_be_made() -> None:
     result = subprocess.run(script, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
-    page = (ROOT / "docs" / "detection.md").read_text()
+    page = (ROOT / "docs" / "checks.md").read_text()
     assert len(lines) > len(CHANGES)
     for line in lines:
-        assert f"\n{line.split('|')[1].join('||')}" in page, "docs/detection.md lacks a row"
+        assert f"\n|{line.split('|')[1]}|" in page, f"docs/checks.md lacks {line}"
