@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -53,18 +54,18 @@ def _file(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.path} does not exist; name a file of routing records or a run directory")
     facts = read_file(options.path)
     if options.json:
-        print(json.dumps(_file_object(facts), indent=1))
+        _print(json.dumps(_file_object(facts), indent=1))
     else:
-        print("\n".join(describe(facts, options.limit)))
+        _print("\n".join(describe(facts, options.limit)))
     return 0 if facts.good else RoutingError.exit_code
 
 
 def _run(options: argparse.Namespace) -> int:
     facts = read_run(options.path)
     if options.json:
-        print(json.dumps(_run_object(facts), indent=1))
+        _print(json.dumps(_run_object(facts), indent=1))
     else:
-        print("\n".join(_describe_run(facts, options.limit)))
+        _print("\n".join(_describe_run(facts, options.limit)))
     return RoutingError.exit_code if facts.problems else 0
 
 
@@ -174,6 +175,15 @@ def _record_object(record: RecordFacts) -> dict[str, Any]:
         "longest_run": record.longest_run._asdict() if record.longest_run else None,
         "faults": [fault._asdict() for fault in record.faults],
     }
+
+
+def _print(text: str) -> None:
+    """Print, also to a reader such as `head` that leaves before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -187,7 +187,7 @@ def describe(facts: FileFacts, limit: int) -> Iterator[str]:
     for record in good[:limit]:
         yield from draw_rows(record)
     if len(good) > limit:
-        yield f"... and {_count(len(good) - limit, 'record')} more (--limit)"
+        yield f"... and {_count(len(good) - limit, 'more record')} (--limit)"
 
 
 def _summary(good: Sequence[RecordFacts]) -> Iterator[str]:

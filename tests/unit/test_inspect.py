@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -154,6 +157,18 @@ def test_a_text_file_is_a_broken_record(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "empty.r3").touch()
     assert main([str(tmp_path / "empty.r3")]) == 3
     assert "is empty" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error(file: Path) -> None:
+    """`python -m r3.inspect FILE | head`, with a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(
+        [sys.executable, "-m", "r3.inspect", file], env={"PYTHONPATH": str(ROOT)}, stdout=writing,
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def make_run(path: Path) -> RunDirectory:
