@@ -20,7 +20,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,17 @@ class Table:
         self._repeats = repeats
         self.rows: list[Row] = []
 
-    def time(self, name: str, baseline: str, call: Callable[[], object]) -> None:
-        """Measure a call, in milliseconds."""
-        times = []
+    def race(self, baseline: str, calls: Mapping[str, Callable[[], object]]) -> None:
+        """Measure calls in milliseconds, in turns, so that what else the machine does falls on all of them."""
+        best = dict.fromkeys(calls, float("inf"))
         for _ in range(self._repeats):
-            begin = time.perf_counter()
-            kept = call()
-            times.append(time.perf_counter() - begin)
-            del kept
-        self.add(name, 1e3 * min(times), "ms", baseline)
+            for name, call in calls.items():
+                begin = time.perf_counter()
+                kept = call()
+                best[name] = min(best[name], time.perf_counter() - begin)
+                del kept
+        for name, seconds in best.items():
+            self.add(name, 1e3 * seconds, "ms", baseline)
 
     def add(self, name: str, value: float, unit: str, baseline: str) -> None:
         """Record a value."""
@@ -103,43 +105,49 @@ def decode(table: Table, wide: np.ndarray, tokens: np.ndarray) -> RoutingTrace:
     def ours() -> RoutingTrace:
         return decode_sglang(payload, tokens, MODEL, request=0, weight_version=0, engine="benchmark")
 
-    table.time("base64 int32, plain", "base64 int32, plain", lambda: plain(payload))
-    table.time(
-        "base64 int32, plain, to uint8 unchecked", "base64 int32, plain", lambda: plain(payload).astype(np.uint8)
-    )
-    table.time("base64 int32, decode_sglang (checked uint8)", "base64 int32, plain", ours)
-    table.time("base64 alone, standard library, strict", "base64 int32, plain", lambda: strict(payload))
-    table.time("base64 alone, pybase64, strict", "base64 int32, plain", lambda: pybase64.b64decode(payload, None, True))
-    table.time("narrowing alone, checked", "base64 int32, plain", lambda: narrow(wide, EXPERTS))
+    calls = {
+        "base64 int32, plain": lambda: plain(payload),
+        "base64 int32, plain, to uint8 unchecked": lambda: plain(payload).astype(np.uint8),
+        "base64 int32, decode_sglang (checked uint8)": ours,
+        "base64 alone, standard library, strict": lambda: strict(payload),
+        "base64 alone, pybase64, strict": lambda: pybase64.b64decode(payload, None, True),
+        "narrowing alone, checked": lambda: narrow(wide, EXPERTS),
+    }
+    table.race("base64 int32, plain", calls)
     return ours()
 
 
 def wire_form(table: Table, trace: RoutingTrace, tokens: np.ndarray) -> None:
     """Compare writing and reading the wire form with pickling, which checks nothing."""
     pickled, written = pickle.dumps(trace, protocol=5), trace.to_bytes(tokens)
-    table.time("pickle.dumps", "pickle.dumps", lambda: pickle.dumps(trace, protocol=5))
-    table.time("to_bytes (checked)", "pickle.dumps", lambda: trace.to_bytes(tokens))
-    table.time("pickle.loads", "pickle.loads", lambda: pickle.loads(pickled))
-    table.time("from_bytes (checked, no copy)", "pickle.loads", lambda: record.decode(written))
+    writing = {
+        "pickle.dumps": lambda: pickle.dumps(trace, protocol=5),
+        "to_bytes (checked)": lambda: trace.to_bytes(tokens),
+    }
+    reading = {
+        "pickle.loads": lambda: pickle.loads(pickled),
+        "from_bytes (checked, no copy)": lambda: record.decode(written),
+    }
+    table.race("pickle.dumps", writing)
+    table.race("pickle.loads", reading)
     table.add("base64 int32, bytes", 4 * -(-trace.experts.size * 4 // 3), "B", "base64 int32, bytes")
     table.add("wire form, bytes", len(written), "B", "base64 int32, bytes")
 
 
 def through_ray(table: Table, trace: RoutingTrace, wide: np.ndarray) -> None:
     """Compare put and get of our record with those of the same routing as int32, in torch and in numpy."""
+    # A busy machine may take longer to start a node than Ray waits by default.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
     import ray
     import torch
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    for verb in ("put", "get"):
-        base = f"ray.{verb}, int32 torch"
-        values: dict[str, Any] = {"int32 torch": torch.from_numpy(wide), "int32 numpy": wide, "uint8 record": trace}
-        for name, value in values.items():
-            if verb == "put":
-                table.time(f"ray.put, {name}", base, lambda value=value: ray.put(value))
-            else:
-                reference = ray.put(value)
-                table.time(f"ray.get, {name}", base, lambda reference=reference: ray.get(reference))
+    values: dict[str, Any] = {"int32 torch": torch.from_numpy(wide), "int32 numpy": wide, "uint8 record": trace}
+    references = {name: ray.put(value) for name, value in values.items()}
+    putting = {f"ray.put, {name}": lambda value=value: ray.put(value) for name, value in values.items()}
+    getting = {f"ray.get, {name}": lambda ref=ref: ray.get(ref) for name, ref in references.items()}
+    table.race("ray.put, int32 torch", putting)
+    table.race("ray.get, int32 torch", getting)
     table.add("object store, int32", wide.nbytes, "B", "object store, int32")
     table.add("object store, uint8 record", trace.experts.nbytes, "B", "object store, int32")
     ray.shutdown()
