@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from r3.errors import ConfigError, R3Error, RoutingError
-from r3.portrait import FileFacts, RecordFacts, describe, read_file
+from r3.portrait import FileFacts, RecordFacts, count_of, describe, read_file
 
 _RUN_FILES = ("config.resolved.yaml", "metrics.jsonl", "events.jsonl", "status.json", "routing")
 # Of the last step: what tells whether replay was sound.
@@ -124,7 +124,9 @@ def _describe_run(facts: RunFacts, limit: int) -> Iterator[str]:
     events = ", ".join(f"{kind} {count}" for kind, count in sorted(facts.events.items()))
     yield f"events      {events or 'none'}"
     rows = sum(record.rows for file in facts.files for record in file.records)
-    yield f"routing     {len(facts.files)} files, {rows:,} rows" + ("" if facts.files else " (routing.save_every is 0)")
+    yield f"routing     {count_of(len(facts.files), 'file')}, {count_of(rows, 'row')}" + (
+        "" if facts.files else " (routing.save_every is 0)"
+    )
     if facts.files:
         yield ""
         yield from describe(facts.files[-1], limit)

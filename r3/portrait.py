@@ -173,21 +173,21 @@ def _chosen(stored: Stored) -> NDArray[np.int64]:
 
 def describe(facts: FileFacts, limit: int) -> Iterator[str]:
     """Yield the lines that `python -m r3.inspect` prints of a file; at most `limit` records are drawn."""
-    yield f"{facts.path}: {_count(len(facts.records), 'record')}, {facts.nbytes:,} bytes"
+    yield f"{facts.path}: {count_of(len(facts.records), 'record')}, {facts.nbytes:,} bytes"
     yield from (f"BROKEN {problem}" for problem in facts.problems())
     good = [record for record in facts.records if not record.faults]
     if not good:
         return
     yield from _summary(good)
     if facts.others:
-        yield f"{_count(facts.others, 'record')} of another model are not in the drawing of expert load"
+        yield f"{count_of(facts.others, 'record')} of another model are not in the drawing of expert load"
     yield ""
     yield from draw_loads(facts.loads)
     yield ""
     for record in good[:limit]:
         yield from draw_rows(record)
     if len(good) > limit:
-        yield f"... and {_count(len(good) - limit, 'more record')} (--limit)"
+        yield f"... and {count_of(len(good) - limit, 'more record')} (--limit)"
 
 
 def _summary(good: Sequence[RecordFacts]) -> Iterator[str]:
@@ -234,7 +234,7 @@ def draw_rows(record: RecordFacts) -> Iterator[str]:
     """Yield which token positions of a record have a row, and under which weight version."""
     length = record.tokens if record.tokens is not None else record.spans[-1].end + 1 if record.spans else 0
     yield (
-        f"record {record.index}: {_count(record.rows, 'row')}, {length} tokens"
+        f"record {record.index}: {count_of(record.rows, 'row')}, {length} tokens"
         + ("" if record.tokens is not None else " at least")
         + f", {_printable(record.provenance)}"
     )
@@ -284,5 +284,6 @@ def _printable(text: str) -> str:
     return text.encode("unicode_escape").decode()
 
 
-def _count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
+    """Return `1 record`, `2 records`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
