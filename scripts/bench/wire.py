@@ -158,7 +158,7 @@ def page_table(rows: Sequence[Row]) -> str:
     head = "| what | value | ratio | to |\n|---|---|---|---|\n"
     return head + "\n".join(
         f"| {row.name} | {row.value / 2**20:.1f} MiB | {row.ratio:.2f} | {row.baseline} |" if row.unit == "B"
-        else f"| {row.name} | {row.value:.3g} ms | {row.ratio:.3g} | {row.baseline} |"
+        else f"| {row.name} | {row.value:.4g} ms | {row.ratio:.3g} | {row.baseline} |"
         for row in rows
     )  # fmt: skip
 
