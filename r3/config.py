@@ -177,6 +177,8 @@ class RoutingConfig(Section):
     """A sample whose record is missing or malformed: stop the run, or leave the sample out and count it."""
     block_layers: int = Field(8, ge=1)
     """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""
+    save_every: int = Field(0, ge=0)
+    """Save the records of every N-th step to `RUN/routing/step-XXXXXXXX.r3`, for `python -m r3.inspect`; 0 = never."""
 
 
 class ReplayConfig(Section):

@@ -30,6 +30,7 @@ from r3.run import RunDirectory
 from r3.tasks import Task
 from r3.tracking import Tracker
 from r3.trainer.group import TrainerGroup
+from r3.transport import Saving
 from r3.types import Prompt, StepResult
 
 
@@ -68,7 +69,10 @@ def train(
         with clock("generate_s"):
             rollout = pool.generate(training_prompts(config, task, step), step)
         credit = advantages(rollout.rewards, rollout.groups, config.grpo.advantage)
+        saving = Saving.start(run.routing(step), rollout.batches) if saves_records(config, step) else None
         result = trainers.step(step, credit, measures_native(config, step), rollout.batches)
+        if saving is not None:
+            saving.wait()
         with clock("weights_s"):
             pool.load_weights(trainers.export())
         report |= rollout_metrics(rollout) | dict(result.metrics) | clock.metrics(result)
@@ -146,6 +150,12 @@ def saves(config: Config, step: int) -> bool:
     """Tell whether this step (1-based) ends with a checkpoint: every `run.checkpoint_every`, and the last."""
     every = config.run.checkpoint_every
     return every > 0 and (step % every == 0 or step == config.run.steps)
+
+
+def saves_records(config: Config, step: int) -> bool:
+    """Tell whether the routing records of this step (1-based) are saved: every `routing.save_every`."""
+    every = config.routing.save_every if config.routing.capture else 0
+    return every > 0 and step % every == 0
 
 
 def training_prompts(config: Config, task: Task, step: int) -> list[Prompt]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r3.errors import RoutingError
+from r3.structure import ExpertIds as ExpertIds
+from r3.structure import check_constant_layers as check_constant_layers
+from r3.structure import check_live, has_repeats, repeated_ids
 
 Provenance = Literal["exact", "unknown"]
-ExpertIds = NDArray[np.unsignedinteger]
 TokenIds = NDArray[np.int32]
 
 
@@ -49,7 +50,7 @@ def narrow(wide: NDArray[np.integer], num_experts: int) -> ExpertIds:
     """
     if wide.dtype.kind not in "iu":
         raise RoutingError(f"expert ids have dtype {wide.dtype}; integers are required")
-    if wide.size and (int(wide.min()) < 0 or int(wide.max()) >= num_experts):
+    if wide.size and _is_outside(wide, num_experts):
         at = np.unravel_index(int(np.argmax((wide < 0) | (wide >= num_experts))), wide.shape)
         raise RoutingError(
             f"expert id {int(wide[at])} at [row, layer, slot] {tuple(map(int, at))} is outside [0, {num_experts}); "
@@ -58,10 +59,22 @@ def narrow(wide: NDArray[np.integer], num_experts: int) -> ExpertIds:
     return np.ascontiguousarray(wide, dtype=expert_dtype(num_experts))
 
 
+def _is_outside(wide: NDArray[np.integer], num_experts: int) -> bool:
+    if wide.dtype.kind == "i" and num_experts <= np.iinfo(wide.dtype).max:
+        # One pass: read as unsigned, a negative id is larger than every legal one.
+        return int(wide.view(wide.dtype.str.replace("i", "u")).max()) >= num_experts
+    return int(wide.min()) < 0 or int(wide.max()) >= num_experts
+
+
 def checksum(experts: ExpertIds, tokens: TokenIds) -> int:
     """Return one crc32 over routing rows and the token ids that they belong to."""
-    rows = zlib.crc32(np.ascontiguousarray(experts).view(np.uint8).reshape(-1).data)
-    return zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int32).view(np.uint8).data, rows)
+    return zlib.crc32(np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).data, rows_checksum(experts))
+
+
+def rows_checksum(experts: ExpertIds) -> int:
+    """Return the crc32 of routing rows alone, little-endian: what `checksum` begins with."""
+    little = np.ascontiguousarray(experts, dtype=experts.dtype.newbyteorder("<"))
+    return zlib.crc32(little.view(np.uint8).reshape(-1).data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +129,7 @@ class RoutingTrace:
             crc32=checksum(experts, tokens),
         )
         trace.validate(len(tokens))
+        trace.check_live(tokens)
         return trace
 
     @property
@@ -140,6 +154,26 @@ class RoutingTrace:
         """
         validate_rows(self.experts, self.layers, self.num_experts)
         check_spans(self.spans, self.rows, num_tokens)
+
+    def check_live(self, tokens: TokenIds) -> None:
+        """Raise `RoutingError` where rows do not react to the tokens `[S]`; see `r3.structure.check_live`."""
+        check_live(self.experts, self.layers, self.num_experts, tokens[self.positions()])
+
+    def to_bytes(self, tokens: TokenIds | None = None) -> bytes:
+        """Return the record in its wire form (`docs/record.md`), with `tokens` `[S]` when given; raise `RoutingError`.
+
+        A record that is wrong is not written.
+        """
+        from r3.record import encode  # the codec builds on this module
+
+        return encode(self, tokens)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> RoutingTrace:
+        """Read the one record that `data` holds in wire form; its rows are a view of `data`. Raises `RoutingError`."""
+        from r3.record import decode
+
+        return decode(data).trace
 
     def verify(self, tokens: TokenIds) -> None:
         """Raise `RoutingError` unless rows and `tokens` `[S]` are the ones that the record was made from."""
@@ -189,39 +223,22 @@ def validate_rows(experts: ExpertIds, layers: Sequence[int], num_experts: int) -
         raise RoutingError(f"routing has shape {experts.shape}; [rows, {len(layers)} MoE layers, k] is required")
     if experts.dtype != expert_dtype(num_experts):
         raise RoutingError(f"routing is {experts.dtype}; {num_experts} experts need {expert_dtype(num_experts)}")
-    if tuple(layers) != tuple(sorted(set(layers))):
-        raise RoutingError(f"MoE layers {tuple(layers)} are not strictly ascending")
-    if experts.shape[2] > num_experts:
-        raise RoutingError(f"top-k is {experts.shape[2]} of only {num_experts} experts")
+    if not layers or layers[0] < 0 or tuple(layers) != tuple(sorted(set(layers))):
+        raise RoutingError(f"MoE layers {tuple(layers)} are not the strictly ascending indices of at least one layer")
+    if not 1 <= experts.shape[2] <= num_experts:
+        raise RoutingError(f"top-k is {experts.shape[2]} of {num_experts} experts; it lies between 1 and their number")
     if not experts.size:
         return
-    if int(experts.max()) >= num_experts:
+    if num_experts <= np.iinfo(experts.dtype).max and int(experts.max()) >= num_experts:
         raise RoutingError(f"expert id {int(experts.max())} is outside [0, {num_experts})")
-    repeated = _repeated_ids(experts)
-    if repeated.any():
+    if has_repeats(experts):
+        repeated = repeated_ids(experts)
         row, layer = (int(i) for i in np.argwhere(repeated)[0])
         ids = experts[row, layer].tolist()
         never = " (never written by the engine)" if not any(ids) else ""
         raise RoutingError(
             f"row {row}, layer {layers[layer]} repeats an expert: {ids}{never}; "
             f"{int(repeated.sum())} of {repeated.size} (row, layer) pairs are affected"
-        )
-
-
-def check_constant_layers(experts: ExpertIds, layers: Sequence[int], minimum_rows: int = 256) -> None:
-    """Raise `RoutingError` when a layer sends all of at least `minimum_rows` rows to one and the same expert list.
-
-    Call it over all rows of a batch `[rows, layers, k]`: a live router never does that, a buffer that was written once
-    does (SGLang PR #36404 shows one row 67 times).
-    """
-    if experts.shape[0] < minimum_rows:
-        return
-    constant = (experts == experts[:1]).all(axis=(0, 2))
-    if constant.any():
-        layer = int(np.argmax(constant))
-        raise RoutingError(
-            f"layer {layers[layer]} routes all {experts.shape[0]} rows to {experts[0, layer].tolist()}; "
-            "its router was not captured"
         )
 
 
@@ -256,11 +273,3 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
         else:
             merged.append(span)
     return tuple(merged)
-
-
-def _repeated_ids(experts: ExpertIds) -> NDArray[np.bool_]:
-    """`[rows, layers]`: does the row name an expert twice? Pairwise compares beat a sort for k <= 16 (measured 20x)."""
-    repeated = np.zeros(experts.shape[:2], dtype=np.bool_)
-    for a, b in combinations(range(experts.shape[2]), 2):
-        repeated |= experts[:, :, a] == experts[:, :, b]
-    return repeated

@@ -17,14 +17,25 @@ from r3.errors import CheckpointError, ConfigError
 
 RESOLVED = "config.resolved.yaml"
 # What a run writes, and so what `--overwrite` deletes; anything else in the directory is the user's.
-_OWN = (RESOLVED, "metrics.jsonl", "events.jsonl", "status.json", "curves.png", "hf", "wandb", "report.html", FOLDER)
+_OWN = (
+    RESOLVED,
+    "metrics.jsonl",
+    "events.jsonl",
+    "status.json",
+    "curves.png",
+    "hf",
+    "wandb",
+    "report.html",
+    FOLDER,
+    "routing",
+)
 # What a saved state depends on: another value makes it the state of another run.
 _FIXED = ("model.path", "trainer.processes", "trainer.dtype", "run.seed")
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """`config.resolved.yaml`, `metrics.jsonl`, `events.jsonl`, `status.json`, `curves.png` and `hf/` of one run.
+    """Config, metrics, events, status, curves, trained model (`hf/`) and saved records (`routing/`) of one run.
 
     The caller holds `r3.checkpoint.run_lock` for as long as it writes.
     """
@@ -77,6 +88,10 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object per step."""
         return self.path / "metrics.jsonl"
+
+    def routing(self, step: int) -> Path:
+        """The routing records of one step, where `routing.save_every` saves them."""
+        return self.path / "routing" / f"step-{step:08d}.r3"
 
     @property
     def curves(self) -> Path:

@@ -18,7 +18,11 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray import ObjectRef
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from r3.errors import CheckpointError, R3Error
+from r3.record import write_records
 from r3.types import Batch, RoutingBlock
 
 _MAPS = Path("/proc/self/maps")
@@ -48,6 +52,43 @@ class BatchRef:
     def get(self) -> Batch:
         """Fetch the whole batch."""
         return fetch([self])[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Records on their way to a file, written by a task on the driver's node: none passes through the driver."""
+
+    path: Path
+    written: ObjectRef
+
+    @classmethod
+    def start(cls, path: Path, batches: Sequence[BatchRef]) -> Saving:
+        """Begin to write every record of `batches`, with its tokens, in the order of their trajectories."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # No CPU of its own: the actors may hold them all, and the task would wait for the end of the run.
+        task = ray.remote(_save).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        return cls(path, task.remote(path, list(batches)))
+
+    def wait(self) -> int:
+        """Wait for the file and return its number of records.
+
+        Raises `RoutingError` for a record that is wrong, `CheckpointError` where the file could not be written.
+        """
+        try:
+            count: int = ray.get(self.written)
+        except RayTaskError as error:
+            if isinstance(error.cause, R3Error):
+                raise error.cause from error
+            raise CheckpointError(f"{self.path} was not written: {error.cause!r}") from error
+        except RayError as error:
+            raise CheckpointError(f"{self.path} was not written: {error}") from error
+        return count
+
+
+def _save(path: Path, handles: Sequence[BatchRef]) -> int:
+    batches, _ = fetch(handles)
+    samples = (batch.trajectory(i) for batch in batches for i in range(len(batch)))
+    return write_records(path, ((one.routing, one.tokens) for one in samples if one.routing is not None))
 
 
 class Page(NamedTuple):

@@ -43,7 +43,7 @@ def replayed(warm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     directory = tmp_path_factory.mktemp("e2e") / "run"
     result = train(
         directory, "metrics.counterfactual_every=1", "grpo.mini_steps=2", "run.eval_every=2", "grpo.kl_coef=0.01",
-        "task.eval_prompts=32",
+        "task.eval_prompts=32", "routing.save_every=2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return directory, result.stdout
@@ -65,6 +65,19 @@ def test_every_step_replays_every_recorded_row(replayed: tuple[Path, str]) -> No
         assert 0 <= row["mismatch_native/k3"] < 0.05
         assert row["transport/bytes_per_token"] == 4 * 4
     assert rows[0]["train/kl"] < rows[-1]["train/kl"]
+
+
+def test_records_of_every_second_step_are_saved_and_sound(replayed: tuple[Path, str]) -> None:
+    directory, _ = replayed
+    assert [path.name for path in (directory / "routing").iterdir()] == ["step-00000002.r3"]
+    shown = subprocess.run(
+        [sys.executable, "-m", "r3.inspect", directory, "--json"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    (file,) = json.loads(shown.stdout)["files"]
+    assert len(file["records"]) == 32 * 8
+    assert all(record["rows"] == record["tokens"] - 1 for record in file["records"])
+    assert {span["weight_version"] for record in file["records"] for span in record["spans"]} == {1}
 
 
 def test_the_run_directory_is_complete(replayed: tuple[Path, str], warm_model: Path) -> None:

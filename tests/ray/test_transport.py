@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r3.transport import BatchRef, Fetched, Mapped, Page, fetch, pages, transport_metrics
+from r3.config import Config
+from r3.errors import CheckpointError
+from r3.loop import saves_records
+from r3.record import read_records
+from r3.transport import BatchRef, Fetched, Mapped, Page, Saving, fetch, pages, transport_metrics
+from r3.types import Batch
 from tests.command import ROOT
 from tests.ray.two_nodes import LAYERS, large_batch, read
+from tests.unit.strategies import trajectory
 
 
 def mapped(*where: Page | None, node: str = "a", seconds: float = 0.5) -> list[Fetched]:
@@ -103,3 +109,38 @@ def test_each_node_fetches_a_block_once() -> None:
         objects, size = found[key]
         assert objects == blocks
         assert blocks * found["block bytes"] <= size < (blocks + 0.5) * found["block bytes"]
+
+
+def test_records_of_every_nth_step_are_saved() -> None:
+    def saved(**routing: Any) -> list[int]:
+        config = Config.model_validate({"routing": routing, "replay": {"mode": "none"}})
+        return [step for step in range(1, 10) if saves_records(config, step)]
+
+    assert saved() == []
+    assert saved(save_every=4) == [4, 8]
+    assert saved(save_every=1) == list(range(1, 10))
+    assert saved(save_every=1, capture=False) == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_records_are_saved_by_a_task_and_read_back(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    made = [trajectory(generator, i, 3, 5, routed=i != 1) for i in range(4)]
+    handles = [BatchRef.put(Batch.pack(made[:2], 2)), BatchRef.put(Batch.pack(made[2:], 3))]
+    file = tmp_path / "routing" / "step-00000004.r3"
+    assert Saving.start(file, handles).wait() == 3
+    found = list(read_records(file))
+    for stored, before in zip(found, [one for one in made if one.routing is not None], strict=True):
+        assert np.array_equal(stored.trace.experts, before.routing.experts)
+        assert np.array_equal(stored.tokens, before.tokens)
+        assert stored.trace.crc32 == before.routing.crc32
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_file_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    (tmp_path / "routing").write_text("a file where the folder should be")
+    batch = BatchRef.put(Batch.pack([trajectory(np.random.default_rng(0), 0, 3, 5)]))
+    with pytest.raises(CheckpointError, match=r"step-00000004\.r3 cannot be written"):
+        Saving.start(tmp_path / "routing" / "step-00000004.r3", [batch]).wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from r3.routing import RoutingTrace
+from r3.routing import RoutingTrace, Span, checksum, expert_dtype
 from r3.types import Trajectory
 
 
@@ -55,3 +55,30 @@ def trajectory(generator: np.random.Generator, i: int, prompt: int, response: in
         weight_version=i,
         fingerprint="abc",
     )
+
+
+@st.composite
+def records_with_gaps(draw: st.DrawFn) -> tuple[RoutingTrace, np.ndarray]:
+    """A valid record of any kind, with its tokens `[S]`: several weight versions, gaps, no rows at all, top-1."""
+    experts = draw(st.sampled_from([1, 4, 16, 256, 257, 384]))
+    k, layers = draw(st.integers(1, min(4, experts))), draw(st.integers(1, 3))
+    length = draw(st.integers(0, 24))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tokens = generator.integers(0, 1000, length).astype(np.int32)
+    cuts = sorted(draw(st.sets(st.integers(0, max(length - 1, 0)), max_size=6)))
+    spans = tuple(
+        Span(begin, end, draw(st.integers(-(2**63), 2**63 - 1)))
+        for begin, end in zip(cuts[::2], cuts[1::2], strict=False)
+    )
+    rows = distinct_experts(generator, sum(span.end - span.begin for span in spans), layers, k, experts)
+    ids = rows.astype(expert_dtype(experts))
+    trace = RoutingTrace(
+        experts=ids,
+        layers=tuple(sorted(draw(st.sets(st.integers(0, 2**16 - 1), min_size=layers, max_size=layers)))),
+        num_experts=experts,
+        spans=spans,
+        engine=draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
+        provenance=draw(st.sampled_from(["exact", "unknown"])),
+        crc32=checksum(ids, tokens),
+    )
+    return trace, tokens
