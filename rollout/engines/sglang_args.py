@@ -22,12 +22,16 @@ ENGINE_ARGS = "rollout.engine_args"
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An engine argument that cannot be used: name, for which values, what it would break, and why (with source)."""
+    """An engine argument that cannot be used: name, for which values, what it would break, and why (with source).
+
+    `over_http`: it cannot be used in a server that is met over HTTP either.
+    """
 
     option: str
     applies: Callable[[Any], bool]
     breaks: Literal["capture", "sampling", "adapter"]
     reason: str
+    over_http: bool = True
 
 
 def _is_set(value: Any) -> bool:
@@ -64,8 +68,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("skip_tokenizer_init", lambda value: not value, "adapter", "the bridge sends and receives token ids"),
     Refusal("dp_size", _above_one, "adapter",
             "SGLang takes weight updates with one data-parallel replica only; use rollout.workers"),
-    Refusal("nnodes", _above_one, "adapter", "one engine lives on one host; use rollout.workers"),
-    Refusal("tokenizer_worker_num", _above_one, "adapter", "the engine runs inside the rollout worker"),
+    Refusal("nnodes", _above_one, "adapter", "one engine lives on one host; use rollout.workers", over_http=False),
+    Refusal("tokenizer_worker_num", _above_one, "adapter", "the engine runs inside the rollout worker",
+            over_http=False),
 )  # fmt: skip
 
 # Decided by other keys of the config, so that one fact has one place.
