@@ -38,9 +38,12 @@ class Decoded:
 def from_base64(payload: str | bytes, request: int | str) -> bytes:
     """Return the bytes behind strict base64; raise `RoutingError` for anything else, also for re-padded text."""
     try:
-        return binascii.a2b_base64(payload, strict_mode=True)
+        raw = binascii.a2b_base64(payload, strict_mode=True)
     except (binascii.Error, ValueError, TypeError) as error:
         raise RoutingError(f"request {request}: routing is not base64 ({error}); truncated in transport?") from error
+    if len(payload) != 4 * -(-len(raw) // 3):  # strict mode lets whole quads of padding pass
+        raise RoutingError(f"request {request}: routing is not base64 (padded again); changed in transport?")
+    return raw
 
 
 def check_start(start: int, num_tokens: int, request: int | str) -> None:
