@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from r3.errors import EngineError
 from r3.types import WeightBucket, WeightBuckets, WeightSource
@@ -36,17 +38,25 @@ def exchanged(source: WeightSource, model_dir: Path, shared: Path | None) -> Ite
 
 def write_checkpoint(weights: WeightBuckets, model_dir: Path, directory: Path) -> None:
     """Write every bucket as one safetensors file, beside the `config.json` of `model_dir`. Bytes are not converted."""
-    from safetensors import serialize_file
+    from safetensors.torch import save_file
 
     shutil.copyfile(model_dir / "config.json", directory / "config.json")
     total = len(weights.buckets)
     for number, bucket in enumerate(weights.buckets, start=1):
-        serialize_file(_tensors(bucket), str(directory / f"model-{number:05d}-of-{total:05d}.safetensors"))
+        file = directory / f"model-{number:05d}-of-{total:05d}.safetensors"
+        save_file(_tensors(bucket), file, metadata={"format": "pt"})
 
 
-def _tensors(bucket: WeightBucket) -> dict[str, dict[str, object]]:
-    data = bucket.data
-    return {
-        slot.name: {"dtype": slot.dtype, "shape": list(slot.shape), "data": data[slot.begin : slot.end].tobytes()}
-        for slot in bucket.slots
-    }
+def _tensors(bucket: WeightBucket) -> dict[str, Any]:
+    """Return the bucket's tensors by name, as views of its bytes."""
+    import torch
+
+    with warnings.catch_warnings():
+        # The array is a read-only view of the object store; it is only read.
+        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
+        return {
+            slot.name: torch.from_numpy(bucket.data[slot.begin : slot.end])
+            .view(getattr(torch, slot.dtype))
+            .reshape(slot.shape)
+            for slot in bucket.slots
+        }

@@ -136,7 +136,7 @@ class SglangEngine:
         return outputs
 
     def _generation(
-        self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int
+        self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int = 0
     ) -> Generation:
         """Check one answer of SGLang and turn it into ours; its rows begin at `start` or, cut here, at 0."""
         meta = output["meta_info"]

@@ -15,6 +15,7 @@ DEFAULTS = (
     "--device=cpu",
     "--attention-backend=torch_native",
     "--sampling-backend=pytorch",
+    "--moe-runner-backend=triton",  # not read on this platform, but 'auto' is what the handshake refuses
     "--mem-fraction-static=0.1",
     "--max-total-tokens=32768",
     "--chunked-prefill-size=8192",

@@ -183,13 +183,19 @@ REFUSED = {
     "speculative_algorithm": "EAGLE",
     "pp_size": 2,
     "enable_hierarchical_cache": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "enable_hisparse": True,
     "disaggregation_mode": "decode",
     "moe_runner_backend": "flashinfer_trtllm",
     "moe_a2a_backend": "mooncake",
     "chunked_prefill_size": -1,
     "enable_two_batch_overlap": True,
+    "enable_pdmux": True,
+    "attn_cp_size": 2,
     "enable_return_routed_experts": False,
     "enable_custom_logit_processor": True,
+    "enable_watermark": True,
     "watermark_config": "w.json",
     "skip_tokenizer_init": False,
     "dp_size": 2,
@@ -208,7 +214,9 @@ def test_arguments_that_break_capture_or_sampling_are_refused_with_the_reason(op
         check_engine_args({option: value}, capture=True)
 
 
-@pytest.mark.parametrize("value", ["auto", "triton_kernel", "flashinfer_trtllm_routed"])
+@pytest.mark.parametrize(
+    "value", ["auto", "triton_kernel", "flashinfer_trtllm_routed", "flashinfer_mxfp4", "experimental_sgl_trtllm"]
+)
 def test_backends_that_route_inside_the_kernel_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="bypasses the capture"):
         check_engine_args({"moe_runner_backend": value}, capture=True)
