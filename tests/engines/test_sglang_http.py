@@ -27,7 +27,9 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def server(model_a: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with running(model_a, log, "--enable-return-routed-experts", "--max-running-requests=64") as server:
+    # Prompts are longer than a chunk, so that every test is one of chunked prefill too.
+    options = ("--enable-return-routed-experts", "--max-running-requests=64", "--chunked-prefill-size=16")
+    with running(model_a, log, *options) as server:
         yield server
 
 
