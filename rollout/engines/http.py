@@ -118,19 +118,25 @@ def fan_out(
     """
     if not items:
         return []
-    shares = [servers[number * len(servers) // len(items)] for number in range(len(items))]
-    threads = max(1, min(len(items), at_once * len(servers), _MAX_THREADS))
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="r3-http")
+    shares = [number * len(servers) // len(items) for number in range(len(items))]
+    # A pool for each, or the first server's share would fill the only one while the others wait.
+    threads = max(1, min(len(items), at_once, _MAX_THREADS))
+    pools = [ThreadPoolExecutor(threads, thread_name_prefix=f"r3-{server.url}") for server in servers]
     try:
-        numbered = enumerate(zip(shares, items, strict=True))
-        futures = [executor.submit(ask, server, number, item) for number, (server, item) in numbered]
+        futures = [
+            pools[share].submit(ask, servers[share], number, item)
+            for number, (share, item) in enumerate(zip(shares, items, strict=True))
+        ]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             if future.done() and (error := future.exception()) is not None:
                 raise error
         return [future.result() for future in futures]
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(wait=True)
 
 
 def field_of(answer: Any, key: str, where: str) -> Any:

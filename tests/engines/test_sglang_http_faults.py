@@ -45,7 +45,7 @@ def start(directory: Path) -> Iterator[Start]:
         def begin(*wires: SglangWire, tree: dict[str, Any] | None = None, **rollout: Any) -> Any:
             servers = [stack.enter_context(serving(wire)) for wire in wires]
             settings = {"engine": "sglang_http", "urls": [server.url for server in servers], "dtype": "float32"}
-            sections = {"rollout": settings | {"http_retries": 2} | rollout, "weights": {"flush_timeout_s": 0.2}}
+            sections = {"rollout": settings | {"http_retries": 2} | rollout}
             engine = open_engine(Config.model_validate(sections | (tree or {})), directory, 0)
             stack.callback(engine.close)
             for server in servers:
@@ -226,7 +226,7 @@ def test_a_flush_is_repeated_until_it_holds(start: Start, wire: SglangWire) -> N
 
 
 def test_weights_without_a_flush_leave_an_engine_that_does_not_answer(start: Start, wire: SglangWire) -> None:
-    engine, _ = start(wire)
+    engine, _ = start(wire, tree={"weights": {"flush_timeout_s": 0.2}})
     wire.refused_flushes = 10**9
     with pytest.raises(EngineError, match=r"refused to flush its cache for 0.2 s \(weights.flush_timeout_s\)"):
         engine.load_weights(WEIGHTS, 3)

@@ -70,6 +70,16 @@ def test_servers_take_contiguous_shares_and_answers_keep_their_order(items: int)
     assert max(counts, default=0) - min(counts, default=0) <= 1
 
 
+def test_every_server_is_busy_from_the_beginning() -> None:
+    both = threading.Barrier(2, timeout=30)
+
+    def ask(server: Server, number: int, item: int) -> None:
+        if item in (0, 50):  # the first of each share: neither ends before the other has begun
+            both.wait()
+
+    fan_out(servers(2), range(100), 1, ask)
+
+
 def test_the_first_error_is_raised_and_what_waits_never_begins() -> None:
     begun: list[int] = []
 
