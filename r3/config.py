@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -27,6 +28,15 @@ def _entry_point(value: object) -> object:
 
 
 EntryPoint = Annotated[str, BeforeValidator(_entry_point)]
+
+
+def _http_url(value: object) -> object:
+    if isinstance(value, str) and not re.match(r"^https?://[^/\s]+(/\S*)?$", value):
+        raise ValueError(f"{value!r} is not of the form 'http://host:port'")
+    return value.rstrip("/") if isinstance(value, str) else value
+
+
+HttpUrl = Annotated[str, BeforeValidator(_http_url)]
 
 
 class Section(BaseModel):
@@ -109,7 +119,13 @@ class RolloutConfig(Section):
     """Rollout actors and their engine."""
 
     engine: str = "sglang"
-    """Engine adapter: `sglang`, or `module:Class` of your own."""
+    """Engine adapter: `sglang`, `sglang_http`, `lightllm_http`, `vllm_http` (docs/engines.md), or `module:Class`."""
+    urls: tuple[HttpUrl, ...] = ()
+    """Running servers of a `*_http` engine, such as `http://host:30000`; the workers share them out."""
+    http_timeout_s: float = Field(300, gt=0)
+    """Longest answer of a server to one request, in seconds."""
+    http_retries: int = Field(3, ge=0)
+    """Repeats, with back-off, of a request that met a connection error or a status of 500 or above."""
     workers: int = Field(1, ge=1)
     """Rollout actors, each with an engine of its own."""
     gpus_per_worker: float = Field(0, ge=0)
@@ -152,6 +168,11 @@ class RolloutConfig(Section):
     """Dead rollout actors that a run replaces before it gives up."""
     engine_args: dict[str, Any] = {}
     """Further engine arguments (SGLang `ServerArgs`); those that break capture or the sampling contract are refused."""
+
+    @property
+    def is_http(self) -> bool:
+        """Is the engine a server that is already running?"""
+        return self.engine in ("sglang_http", "lightllm_http", "vllm_http")
 
     @model_validator(mode="after")
     def _sampled_distribution(self) -> RolloutConfig:
@@ -300,6 +321,8 @@ class WeightsConfig(Section):
     """Size of one flattened bucket, in MiB."""
     flush_timeout_s: float = Field(30, gt=0)
     """How long a refused cache flush is retried, in seconds."""
+    exchange_dir: Path | None = None
+    """Directory that rollout workers and `sglang_http` servers both see; null: the temporary directory of one host."""
 
 
 class MetricsConfig(Section):
@@ -358,9 +381,9 @@ class Config(Section):
             f"rollout.workers={rollout.workers} exceeds rollout.prompts_per_step={rollout.prompts_per_step}; "
             "lower the first or raise the second": rollout.prompts_per_step < rollout.workers,
             "rollout.max_total_tokens is null, which needs rollout.gpus_per_worker > 0 to measure; name the KV slots": (
-                rollout.max_total_tokens is None and not rollout.gpus_per_worker
+                rollout.max_total_tokens is None and not rollout.gpus_per_worker and not rollout.is_http
             ),
-        }
+        } | _url_faults(rollout, self.weights)
         if found := [text for text, applies in faults.items() if applies]:
             raise ValueError("\n".join(found))
         return self
@@ -368,6 +391,27 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return every key with its resolved value, as YAML that loads back to the same config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _url_faults(rollout: RolloutConfig, weights: WeightsConfig) -> dict[str, bool]:
+    """Faults across the keys of an engine that is a running server."""
+    name, urls = rollout.engine, rollout.urls
+    remote = [url for url in urls if urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")]
+    return {
+        f"rollout.engine={name} needs rollout.urls; name the running servers": rollout.is_http and not urls,
+        f"rollout.urls={list(urls)} is set, but rollout.engine=sglang starts its own engines; use sglang_http": (
+            name == "sglang" and bool(urls)
+        ),
+        f"rollout.urls={list(urls)} names a server twice": len(set(urls)) < len(urls),
+        f"rollout.workers={rollout.workers} exceeds the {len(urls)} rollout.urls; a server takes its weights from one "
+        "worker only": rollout.is_http and 0 < len(urls) < rollout.workers,
+        f"rollout.gpus_per_worker={rollout.gpus_per_worker:g}, but the servers of rollout.engine={name} hold the GPUs; "
+        "set it to 0": rollout.is_http and rollout.gpus_per_worker > 0,
+        f"rollout.engine_args is set, but rollout.engine={name} talks to a server that is running; put them on its "
+        "command line": rollout.is_http and bool(rollout.engine_args),
+        f"rollout.urls has {remote} on another host, so weights.exchange_dir must name a directory that this host and "
+        "that one share": name == "sglang_http" and bool(remote) and weights.exchange_dir is None,
+    }
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:

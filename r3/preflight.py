@@ -12,7 +12,7 @@ from typing import Any
 from r3.config import Config
 from r3.errors import ConfigError
 from r3.plan import ModelSize, model_size
-from r3.rollout.engine import stop_token_ids
+from r3.rollout.engine import ENGINES, GENERATION_ONLY, stop_token_ids, unknown_engine
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, engine_kwargs
 from r3.trainer.architecture import require_layout
 
@@ -29,12 +29,18 @@ class Need:
     reason: str
 
 
-def check(config: Config) -> ModelSize:
+def check(config: Config, *, trains: bool = True) -> ModelSize:
     """Check a config against its model's files and its engine's refusals, and return the model's size.
 
-    Imports nothing heavy and starts nothing. Raises `ConfigError` with everything found.
+    `trains`: the engine is to take weight updates, which not every engine can. Imports nothing heavy and starts
+    nothing. Raises `ConfigError` with everything found.
     """
     faults: list[str] = []
+    if trains and config.rollout.engine in GENERATION_ONLY:
+        faults.append(
+            f"rollout.engine={config.rollout.engine} is generation only: its server has no weight update that R3 can "
+            "verify, so it would answer with the first weights for the whole run; train with sglang or sglang_http"
+        )
     size = _collect(faults, lambda: model_size(config))
     if size is not None:
         directory = size.directory
@@ -49,10 +55,8 @@ def check(config: Config) -> ModelSize:
             _collect(faults, lambda: check_output_layer(where))
         _collect(faults, lambda: engine_kwargs(config, str(where), 0))
         _collect(faults, check_environment)
-    elif ":" not in config.rollout.engine:
-        faults.append(
-            f"rollout.engine={config.rollout.engine!r} is unknown; use 'sglang' or 'module:Class' of your own"
-        )
+    elif config.rollout.engine not in ENGINES and ":" not in config.rollout.engine:
+        faults.append(unknown_engine(config.rollout.engine))
     if config.task.kind == "jsonl" and not Path(str(config.task.path)).is_file():
         faults.append(f"task.path={config.task.path} is no file; name one with a JSON object per line")
     if faults or size is None:
@@ -79,6 +83,9 @@ def needs(config: Config) -> Iterator[Need]:
         yield Need(package, "megatron", "the trainer")
     if config.rollout.engine == "sglang":
         yield Need("sglang", "sglang", "rollout.engine=sglang")
+    elif config.rollout.engine in ENGINES:
+        for package in ("httpx", "tenacity"):
+            yield Need(package, "http", f"rollout.engine={config.rollout.engine}")
     if config.task.kind == "reasoning_gym":
         yield Need("reasoning_gym", "tasks", "task.kind=reasoning_gym")
     elif config.task.verifier == "math" and config.task.reward is None:

@@ -7,32 +7,66 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
+from r3.rollout.wire.common import Wire
 from r3.routing import RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightSource, WeightVersion
+
+# Generation-only servers: they answer, but nothing that they offer replaces their weights.
+GENERATION_ONLY = ("lightllm_http", "vllm_http")
+ENGINES = ("sglang", "sglang_http", *GENERATION_ONLY)
+UpdateKind = Literal["tensors", "directory", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the records of an engine hold, as its options say or a probe found; None where it is not known.
+
+    `layers`: global index of each recorded layer; `ids`: logical experts, or physical slots after a remap (EPLB);
+    `wire_dtype`: numpy dtype name of the ids on the wire; `honours_start`: `Request.routing_start` shortens the answer;
+    `cached_rows`: the rows of a prompt that came from the prefix cache are in the record.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    ids: Literal["logical", "physical"] = "logical"
+    wire_dtype: str | None = None
+    honours_start: bool | None = None
+    cached_rows: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What an engine says of itself: model, name with version, is routing capture on, dtype of its weights."""
+    """What an engine says of itself: model, name with version, is routing capture on, dtype of its weights.
+
+    `recorded`: what its records hold, None from an engine that does not say. `updates`: how it takes new weights.
+    """
 
     model: ModelSpec
     engine: str
     capture: bool
     dtype: str
+    recorded: Recorded | None = None
+    updates: UpdateKind = "tensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt. `tokens`: int32 `[P]`."""
+    """One prompt. `tokens`: int32 `[P]`.
+
+    `routing_start`: position of the first row that the record shall have, at most `P`. A later turn passes
+    `len(previous answer) - 1`: the last token of the answer before it gets its row now (`r3.rollout.turns`).
+    """
 
     tokens: TokenIds
+    routing_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +91,10 @@ class Generation:
     """One answer. `tokens`: int32 `[S]`, prompt and response through the stop token; `logprobs`: float32
     `[S - prompt_len]`, nats.
 
-    `routing`: the record of all S-1 input tokens, None where it was not asked for. `defect`: why the record that came
-    back cannot be used; whether that stops the run is the caller's choice (`routing.on_error`). `cached_tokens`: prompt
-    tokens whose KV, and with it whose routing, came from the engine's prefix cache.
+    `routing`: the record of the input tokens from `Request.routing_start` to S-2, None where it was not asked for.
+    `defect`: why the record that came back cannot be used; whether that stops the run is the caller's choice
+    (`routing.on_error`). `cached_tokens`: prompt tokens whose KV, and with it whose routing, came from the engine's
+    prefix cache. `wire`: how the record travelled, None from an engine that does not say.
     """
 
     tokens: TokenIds
@@ -70,6 +105,7 @@ class Generation:
     weight_version: WeightVersion
     cached_tokens: int = 0
     defect: RoutingError | None = None
+    wire: Wire | None = None
 
 
 class Engine(Protocol):
@@ -95,7 +131,10 @@ class Engine(Protocol):
         ...
 
     def flush_cache(self) -> None:
-        """Drop the prefix cache; raise `EngineError` unless it is known to be empty."""
+        """Drop the prefix cache; raise `EngineError` unless it is known to be empty.
+
+        An engine that takes no weight updates may keep it: nothing in it is ever stale.
+        """
         ...
 
     def close(self) -> None:
@@ -104,21 +143,55 @@ class Engine(Protocol):
 
 
 def open_engine(config: Config, model_dir: str | Path, index: int) -> Engine:
-    """Start the engine that `rollout.engine` names; raise `ConfigError` for an unknown one."""
+    """Start the engine that `rollout.engine` names, and check what it can do against what the run asks of it.
+
+    Raises `ConfigError` for an unknown engine, `EngineError` for one that lacks what is needed.
+    """
+    from r3.rollout.handshake import require
+
+    engine = _make_engine(config, model_dir, index)
+    try:
+        require(engine.spec(), capture=config.routing.capture)
+    except EngineError:
+        engine.close()
+        raise
+    return engine
+
+
+def _make_engine(config: Config, model_dir: str | Path, index: int) -> Engine:
+    """Import only the adapter that is asked for: each brings its own dependencies."""
     name = config.rollout.engine
     if name == "sglang":
         from r3.rollout.engines.sglang import SglangEngine
 
         return SglangEngine(config, model_dir, index)
+    if name == "sglang_http":
+        from r3.rollout.engines.sglang_http import SglangHttpEngine
+
+        return SglangHttpEngine(config, model_dir, index)
+    if name == "lightllm_http":
+        from r3.rollout.engines.lightllm_http import LightllmHttpEngine
+
+        return LightllmHttpEngine(config, model_dir, index)
+    if name == "vllm_http":
+        from r3.rollout.engines.vllm_http import VllmHttpEngine
+
+        return VllmHttpEngine(config, model_dir, index)
     module_name, separator, class_name = name.partition(":")
     if not separator:
-        raise ConfigError(f"rollout.engine={name!r} is unknown; use 'sglang' or 'module:Class' of your own")
+        raise ConfigError(unknown_engine(name))
     try:
         make = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"rollout.engine={name}: {error}") from error
     engine: Engine = make(config, model_dir, index)
     return engine
+
+
+def unknown_engine(name: str) -> str:
+    """Return the message for an engine name that means nothing."""
+    known = ", ".join(repr(engine) for engine in ENGINES)
+    return f"rollout.engine={name!r} is unknown; use {known} or 'module:Class' of your own"
 
 
 def stop_token_ids(model_dir: str | Path) -> tuple[int, ...]:
@@ -160,12 +233,18 @@ def check_generation(request: Request, found: Generation, spec: EngineSpec, *, c
             if found.finish == "abort" and total == prompt_len
             else RoutingError("no routing came back although it was asked for; switch capture on at the engine")
         )
-    return _misfit(found.routing, total, spec.model)
+    return _misfit(found.routing, request.routing_start, total, spec.model)
 
 
-def _misfit(routing: RoutingTrace, total: int, model: ModelSpec) -> RoutingError | None:
-    if routing.rows != total - 1:
-        return RoutingError(f"{routing.rows} routing rows for {total} tokens; {total - 1} are required")
+def _misfit(routing: RoutingTrace, start: int, total: int, model: ModelSpec) -> RoutingError | None:
+    if routing.rows != total - 1 - start:
+        return RoutingError(
+            f"{routing.rows} routing rows for {total} tokens"
+            + (f" from position {start} on" if start else "")
+            + f"; {total - 1 - start} are required"
+        )
+    if routing.rows and routing.spans[0].begin != start:
+        return RoutingError(f"the record begins at position {routing.spans[0].begin}; {start} was asked for")
     expected = (model.moe_layers, model.num_experts, model.top_k)
     found = (routing.layers, routing.num_experts, routing.top_k)
     if found != expected:

@@ -14,12 +14,12 @@ import numpy as np
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
-from r3.rollout.engine import EngineSpec, Generation, Request, Sampling
+from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
+from r3.rollout.engines.sglang_answers import checked_version, finish_of, sampled, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
-from r3.rollout.wire import decode_sglang
-from r3.types import Finish, ModelSpec, WeightBucket, WeightSource, WeightVersion
-
-_FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
+from r3.rollout.wire import Wire, read_sglang
+from r3.routing import RoutingTrace
+from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
 
 
 class SglangEngine:
@@ -50,8 +50,9 @@ class SglangEngine:
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
-        config = self._config
-        return EngineSpec(self._model, self._name, config.routing.capture, config.rollout.dtype)
+        config, model = self._config, self._model
+        recorded = Recorded(model.moe_layers, model.num_experts, model.top_k, cached_rows=True)
+        return EngineSpec(model, self._name, config.routing.capture, config.rollout.dtype, recorded)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
         """Answer every request in one batch, in order.
@@ -70,11 +71,14 @@ class SglangEngine:
         if sampling.seed is not None and hasattr(self._engine, "reseed"):
             self._engine.reseed(sampling.seed)
         self._warm_cache(prompts)
-        outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture)
+        # SGLang takes one start for a batch (0.5.23, `GenerateReqInput`), so what some requests do not want is cut.
+        start = min(request.routing_start for request in requests)
+        options = {"routed_experts_start_len": start} if start else {}
+        outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
         if len(outputs) != len(requests):
             raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
         pairs = zip(requests, outputs, strict=True)
-        return [self._generation(i, request, output, capture) for i, (request, output) in enumerate(pairs)]
+        return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
 
     def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
         """Replace all weights from flattened buckets, or from a checkpoint directory, then flush the prefix cache.
@@ -122,30 +126,37 @@ class SglangEngine:
         if 0 < len(repeated) < len(prompts):
             self._call([list(prompt) for prompt in sorted(repeated)], Sampling(1.0, 1))
 
-    def _call(self, prompts: Sequence[list[int]], sampling: Sampling, **options: bool) -> list[dict[str, Any]]:
+    def _call(self, prompts: Sequence[list[int]], sampling: Sampling, **options: bool | int) -> list[dict[str, Any]]:
         try:
             outputs: list[dict[str, Any]] = self._engine.generate(
-                input_ids=prompts, sampling_params=_sampling_params(sampling, len(prompts)), **options
+                input_ids=prompts, sampling_params=sampling_params(sampling, len(prompts)), **options
             )
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"{self._name} refused {len(prompts)} requests: {error}") from error
         return outputs
 
-    def _generation(self, index: int, request: Request, output: dict[str, Any], capture: bool) -> Generation:
-        """Check one answer of SGLang and turn it into ours."""
+    def _generation(
+        self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int = 0
+    ) -> Generation:
+        """Check one answer of SGLang and turn it into ours; its rows begin at `start` or, cut here, at 0."""
         meta = output["meta_info"]
-        response = np.asarray(output["output_ids"], dtype=np.int32)
-        logprobs = self._logprobs(index, response, meta.get("output_token_logprobs") or [])
+        response, logprobs = sampled(index, output, self._model, self._name)
         tokens = np.concatenate([request.tokens, response])
-        finish = self._finish(index, meta)
-        version = self._checked_version(index, meta)
-        routing, defect = None, None
+        finish = finish_of(index, meta, self._name)
+        assert self._version is not None
+        version = checked_version(index, meta, self._version, self._name)
+        routing: RoutingTrace | None = None
+        wire: Wire | None = None
+        defect: RoutingError | None = None
         if capture and not (finish == "abort" and not len(response)):
             try:
-                routing = decode_sglang(
+                decoded = read_sglang(
                     meta.get("routed_experts"), tokens, self._model,
-                    request=index, weight_version=version, engine=self._name,
+                    request=index, weight_version=version, engine=self._name, start=start,
                 )  # fmt: skip
+                routing, wire = decoded.routing, decoded.wire
+                if start < request.routing_start:
+                    routing = routing.clip(request.routing_start, len(tokens), tokens)
             except RoutingError as error:
                 defect = error
         return Generation(
@@ -157,34 +168,8 @@ class SglangEngine:
             weight_version=version,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             defect=defect,
+            wire=wire,
         )
-
-    def _logprobs(self, index: int, response: np.ndarray[Any, Any], rows: list[Any]) -> np.ndarray[Any, Any]:
-        """Return log-probs `[R]` float32 of the sampled tokens; SGLang's rows are (log-prob, token id, text)."""
-        if [row[1] for row in rows] != response.tolist():
-            raise EngineError(
-                f"request {index}: {self._name} returned log-probs of {len(rows)} tokens that are not the "
-                f"{len(response)} sampled ones"
-            )
-        if len(response) and not 0 <= response.min() <= response.max() < self._model.vocab_size:
-            raise EngineError(f"request {index}: a token id is outside the vocabulary of {self._model.vocab_size}")
-        return np.array([row[0] for row in rows], dtype=np.float32)
-
-    def _finish(self, index: int, meta: dict[str, Any]) -> Finish:
-        reason = (meta.get("finish_reason") or {}).get("type")
-        if reason not in _FINISHES:
-            raise EngineError(f"request {index}: {self._name} ended with finish reason {reason!r}")
-        return _FINISHES[reason]
-
-    def _checked_version(self, index: int, meta: dict[str, Any]) -> WeightVersion:
-        """SGLang stamps answers itself; an answer of other weights than the last loaded ones is never used."""
-        assert self._version is not None
-        if meta.get("weight_version") != str(self._version):
-            raise EngineError(
-                f"request {index}: {self._name} answered with weights {meta.get('weight_version')!r}, "
-                f"loaded are {self._version}"
-            )
-        return self._version
 
     @contextmanager
     def _update_session(self) -> Iterator[None]:
@@ -266,32 +251,6 @@ def _cpu_engine() -> tuple[Any, str]:
             "rollout.gpus_per_worker is 0 but CUDA is visible; set it to 1, or CUDA_VISIBLE_DEVICES to ''"
         )
     return CpuEngine, sglang.__version__
-
-
-def _sampling_params(sampling: Sampling, requests: int) -> list[dict[str, Any]]:
-    """Every parameter that shapes the distribution is sent, because a checkpoint's generation_config may set others.
-
-    `sampling_seed` is read under `enable_deterministic_inference` alone, which `run.deterministic` sets on a GPU.
-    """
-    seeds: list[dict[str, int]] = [{}] * requests
-    if sampling.seed is not None:
-        words = np.random.SeedSequence(sampling.seed).generate_state(requests)
-        seeds = [{"sampling_seed": int(word)} for word in words]
-    common = {
-        "temperature": 0.0 if sampling.greedy else sampling.temperature,
-        "max_new_tokens": sampling.max_new_tokens,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": sampling.ignore_eos,
-        "n": 1,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "min_new_tokens": 0,
-    }
-    return [common | seed for seed in seeds]
 
 
 def _serialise(bucket: WeightBucket, ranks: int) -> list[bytes]:

@@ -22,12 +22,16 @@ ENGINE_ARGS = "rollout.engine_args"
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An engine argument that cannot be used: name, for which values, what it would break, and why (with source)."""
+    """An engine argument that cannot be used: name, for which values, what it would break, and why (with source).
+
+    `over_http`: it cannot be used in a server that is met over HTTP either.
+    """
 
     option: str
     applies: Callable[[Any], bool]
     breaks: Literal["capture", "sampling", "adapter"]
     reason: str
+    over_http: bool = True
 
 
 def _is_set(value: Any) -> bool:
@@ -38,16 +42,22 @@ def _above_one(value: Any) -> bool:
     return isinstance(value, int) and value > 1
 
 
+# Runner backends whose `TopK` hands logits to the kernel (SGLang 0.5.23, `TopK.bind_runner_backend`).
+_ROUTES_INSIDE = ("flashinfer_trtllm", "triton_kernel", "flashinfer_mxfp4", "experimental_sgl_trtllm")
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("speculative_algorithm", _is_set, "capture",
             "the capture buffer is not sized for verify forwards (SGLang PR #38717) and log-probs are the target's"),
     Refusal("pp_size", _above_one, "capture", "each pipeline stage records only its own layers, nothing merges them"),
     Refusal("enable_hierarchical_cache", bool, "capture",
             "restored KV moves to new slots and its routing rows do not follow (SGLang issue #26975)"),
+    *(Refusal(option, bool, "capture",
+              "KV that is restored from outside the GPU brings no routing rows (as in SGLang issue #26975)")
+      for option in ("enable_lmcache", "enable_flexkv", "enable_hisparse")),
     Refusal("disaggregation_mode", _is_set, "capture",
             "prompt rows stay on the prefill node (SGLang PRs #22916, #23885)"),
     Refusal("moe_runner_backend",
-            lambda value: value == "auto" or str(value).startswith(("flashinfer_trtllm", "triton_kernel")), "capture",
+            lambda value: value == "auto" or str(value).startswith(_ROUTES_INSIDE), "capture",
             "routing inside the kernel bypasses the capture and every row reads 0 (the fault of vLLM issue #44116); "
             "'auto' may choose such a kernel"),
     Refusal("moe_a2a_backend", lambda value: _is_set(value) and value != "deepep", "capture",
@@ -56,16 +66,24 @@ REFUSALS: tuple[Refusal, ...] = (
             "the capture buffer then holds max_running_requests rows and a longer prompt overruns it"),
     Refusal("enable_two_batch_overlap", bool, "capture",
             "both half batches write the same rows of one capture buffer"),
+    Refusal("enable_pdmux", bool, "capture",
+            "prefill and decode run at once and write the same rows of one capture buffer"),
+    Refusal("attn_cp_size", _above_one, "capture",
+            "a prompt's tokens are split over ranks, and nothing is known to gather their rows"),
     Refusal("enable_return_routed_experts", lambda value: not value, "capture",
             "capture would be off; set routing.capture: false"),
     Refusal("enable_custom_logit_processor", bool, "sampling",
             "log-probs would not be those of the sampled distribution"),
-    Refusal("watermark_config", _is_set, "sampling", "log-probs would not be those of the sampled distribution"),
+    Refusal("enable_watermark", bool, "sampling", "log-probs would not be those of the sampled distribution"),
+    # A server shows '<redacted>' in its place, set or not.
+    Refusal("watermark_config", _is_set, "sampling", "log-probs would not be those of the sampled distribution",
+            over_http=False),
     Refusal("skip_tokenizer_init", lambda value: not value, "adapter", "the bridge sends and receives token ids"),
     Refusal("dp_size", _above_one, "adapter",
             "SGLang takes weight updates with one data-parallel replica only; use rollout.workers"),
-    Refusal("nnodes", _above_one, "adapter", "one engine lives on one host; use rollout.workers"),
-    Refusal("tokenizer_worker_num", _above_one, "adapter", "the engine runs inside the rollout worker"),
+    Refusal("nnodes", _above_one, "adapter", "one engine lives on one host; use rollout.workers", over_http=False),
+    Refusal("tokenizer_worker_num", _above_one, "adapter", "the engine runs inside the rollout worker",
+            over_http=False),
 )  # fmt: skip
 
 # Decided by other keys of the config, so that one fact has one place.

@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import Any
 
 PACKAGES = ("triton", "torchvision")
+SERVER_PACKAGES = ("soundfile",)  # imported by the transcription endpoint of the HTTP server
 
 
-def install() -> None:
-    """Make `PACKAGES` importable where they are missing. Idempotent; must run before `import sglang`."""
-    missing = [package for package in PACKAGES if _is_missing(package)]
+def install(packages: Sequence[str] = PACKAGES) -> None:
+    """Make `packages` importable where they are missing. Idempotent; must run before what imports them."""
+    missing = [package for package in packages if _is_missing(package)]
     if not missing:
         return
     _settle_optional_imports()

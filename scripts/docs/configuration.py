@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from r3.config import Config, Section
+from r3.config import Config, HttpUrl, Section
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 HEAD = """\
@@ -55,6 +55,7 @@ def row(key: str, field: FieldInfo) -> str:
     """Return the row of one key."""
     default = "null" if field.default is None else str(field.default).lower().replace("|", "\\|")
     default = str(field.default) if isinstance(field.default, str) else default
+    default = str(list(field.default)) if isinstance(field.default, tuple) else default
     kind = " ".join(filter(None, (type_name(field.annotation), limits(field))))
     meaning = " ".join((field.description or "").split()).replace("|", "\\|")
     return f"| `{key}` | {kind} | `{default}` | {meaning} |"
@@ -68,7 +69,9 @@ def type_name(annotation: object) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(part) for part in typing.get_args(annotation))
     if origin is typing.Annotated:
-        return "`module:name`"
+        return "URL" if annotation == HttpUrl else "`module:name`"
+    if origin is tuple:
+        return f"list of {type_name(typing.get_args(annotation)[0])}"
     names = {str: "text", int: "integer", float: "number", bool: "true, false", Path: "path", type(None): "null"}
     return names.get(annotation, "mapping" if origin is dict else str(annotation))  # type: ignore[call-overload]
 

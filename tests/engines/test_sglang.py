@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from r3.rollout.engine import EngineSpec, Generation, Request, Sampling
+from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation
+from r3.rollout.turns import merge_turns, next_start
 from r3.types import ModelSpec, Prompt, TensorSlot, WeightBucket, WeightBuckets
 from tests.engines import reference
 from tests.real_engine import engine_config
@@ -134,6 +136,25 @@ def test_a_second_turn_carries_the_rows_of_the_first(sglang_worker: Worker, mode
 
     assert sum(answer.cached_tokens for answer in second) > sum(len(answer.tokens) for answer in first) // 2
     assert_same_experts(model_a, second)
+
+
+def test_turns_that_ask_for_later_rows_are_one_record(sglang_worker: Worker, model_a: Path) -> None:
+    first = generate(sglang_worker, requests(6, seed=9))
+    prompts = [
+        # One of them wants all rows: SGLang takes one start for a batch.
+        Request(np.append(a.tokens, [9, 8]).astype(np.int32), routing_start=next_start(a.routing) if i else 0)
+        for i, a in enumerate(first)
+    ]
+    for batch in (prompts, prompts[1:]):
+        second = generate(sglang_worker, batch)
+        for request, after in zip(batch, second, strict=True):
+            assert check_generation(request, after, sglang_worker("call", "spec"), capture=True) is None
+            assert after.wire.begin == min(other.routing_start for other in batch)
+        merged = [
+            replace(b, routing=merge_turns(a.routing, b.routing, b.tokens))
+            for a, b in zip(first[-len(batch) :], second, strict=True)
+        ]
+        assert_same_experts(model_a, merged)
 
 
 def test_only_requests_that_ask_carry_routing(sglang_worker: Worker) -> None:

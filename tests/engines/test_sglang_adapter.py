@@ -13,7 +13,7 @@ import pytest
 
 from r3.config import Config, RunConfig
 from r3.errors import ConfigError, EngineError
-from r3.rollout.engine import Generation, Request, Sampling
+from r3.rollout.engine import Generation, Request, Sampling, check_generation
 from r3.rollout.engines import sglang
 from r3.rollout.engines.sglang_args import REFUSALS, check_engine_args, check_environment, check_release, engine_kwargs
 from r3.types import WeightBuckets
@@ -33,12 +33,14 @@ class StubEngine:
         self.prompts: list[list[list[int]]] = []
         self.meta: dict[str, Any] = {}
         self.refused_flushes = 0
+        self.options: dict[str, Any] = {}
         self.begin: tuple[bool, str] = (True, "Success")
 
     def generate(
         self, input_ids: list[list[int]], sampling_params: list[dict[str, Any]], **options: Any
     ) -> list[dict[str, Any]]:
         self.sampling_params = sampling_params
+        self.options = options
         self.prompts.append(input_ids)
         routing = np.tile(np.arange(TOP_K, dtype=np.int32), (ROWS, LAYERS, 1))
         meta = {
@@ -89,6 +91,24 @@ def test_an_answer_is_taken_over_exactly(adapter: sglang.SglangEngine) -> None:
     np.testing.assert_allclose(found.logprobs, [-0.1, -0.2])
     assert (found.finish, found.weight_version, found.cached_tokens, found.defect) == ("length", 0, 2, None)
     assert found.routing.experts.shape == (ROWS, LAYERS, TOP_K)
+
+
+@pytest.mark.parametrize("honours", [True, False])
+def test_later_rows_are_asked_for_once_a_batch_and_cut_for_each_request(
+    adapter: sglang.SglangEngine, honours: bool
+) -> None:
+    rows = np.tile(np.arange(TOP_K, dtype=np.int32), (ROWS - honours, LAYERS, 1))
+    stub(adapter).meta = {"routed_experts": base64.b64encode(rows.tobytes()).decode()}
+    first, second = (Request(REQUEST.tokens, start) for start in (1, 3))
+    found = adapter.generate([first, second], SAMPLING, capture=True)
+
+    assert stub(adapter).options["routed_experts_start_len"] == 1
+    assert [answer.routing.spans[0][:2] for answer in found] == [(1, 4), (3, 4)]
+    assert [answer.wire for answer in found] == [("int32", 1 if honours else 0)] * 2
+    for request, answer in zip((first, second), found, strict=True):
+        assert check_generation(request, answer, adapter.spec(), capture=True) is None
+        wrong = replace(request, routing_start=2)
+        assert "are required" in str(check_generation(wrong, answer, adapter.spec(), capture=True))
 
 
 def test_capture_that_is_off_at_the_engine_is_a_defect(adapter: sglang.SglangEngine) -> None:
@@ -183,13 +203,19 @@ REFUSED = {
     "speculative_algorithm": "EAGLE",
     "pp_size": 2,
     "enable_hierarchical_cache": True,
+    "enable_lmcache": True,
+    "enable_flexkv": True,
+    "enable_hisparse": True,
     "disaggregation_mode": "decode",
     "moe_runner_backend": "flashinfer_trtllm",
     "moe_a2a_backend": "mooncake",
     "chunked_prefill_size": -1,
     "enable_two_batch_overlap": True,
+    "enable_pdmux": True,
+    "attn_cp_size": 2,
     "enable_return_routed_experts": False,
     "enable_custom_logit_processor": True,
+    "enable_watermark": True,
     "watermark_config": "w.json",
     "skip_tokenizer_init": False,
     "dp_size": 2,
@@ -208,7 +234,9 @@ def test_arguments_that_break_capture_or_sampling_are_refused_with_the_reason(op
         check_engine_args({option: value}, capture=True)
 
 
-@pytest.mark.parametrize("value", ["auto", "triton_kernel", "flashinfer_trtllm_routed"])
+@pytest.mark.parametrize(
+    "value", ["auto", "triton_kernel", "flashinfer_trtllm_routed", "flashinfer_mxfp4", "experimental_sgl_trtllm"]
+)
 def test_backends_that_route_inside_the_kernel_are_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="bypasses the capture"):
         check_engine_args({"moe_runner_backend": value}, capture=True)

@@ -65,5 +65,5 @@ def test_every_file_of_the_repository_that_a_page_names_exists(page: Path) -> No
 def test_commands_that_pages_show_exist(module: str) -> None:
     assert any(f"python -m {module}" in page.read_text() for page in PAGES)
     for page in PAGES:
-        for named in re.findall(r"python -m (r3\.\w+)", page.read_text()):
-            assert (ROOT / "r3" / f"{named.partition('.')[2]}.py").is_file(), f"{page.name} shows {named}"
+        for named in re.findall(r"python -m (r3(?:\.\w+)+)", page.read_text()):
+            assert (ROOT / f"{named.replace('.', '/')}.py").is_file(), f"{page.name} shows {named}"

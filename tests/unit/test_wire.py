@@ -67,6 +67,13 @@ def test_one_token_has_no_rows() -> None:
     assert decode("", TOKENS[:1]).rows == 0
 
 
+def test_ids_in_the_records_own_width_are_told_apart_by_their_size() -> None:
+    narrow = encode(wide().astype(np.uint8))
+    np.testing.assert_array_equal(decode(narrow).experts, decode(encode(wide())).experts)
+    with pytest.raises(RoutingError, match=r"264 bytes .* int32; 12 tokens need 11 rows"):
+        decode_sglang(narrow, TOKENS, MODEL, request=7, weight_version=3, engine="sglang 0.5.23", dtype="int32")
+
+
 def changed(change: Callable[[np.ndarray], None]) -> str:
     rows = wide()
     change(rows)
@@ -102,7 +109,6 @@ MALFORMED = {
     "response rows only": (encode(wide()[6:]), "5 rows .* need 11 rows"),
     "empty": ("", "0 rows .* need 11 rows"),
     "MoE layers only": (encode(np.ascontiguousarray(wide()[:, [1, 2, 4, 5]])), "7.33333 rows"),
-    "eight bits wide": (encode(wide().astype(np.uint8)), "2.75 rows"),
     "sixteen bits wide": (encode(wide().astype(np.int16)), "5.5 rows"),
     "padding of -1": (changed(put(3, 2, 1, -1)), r"expert id -1 at row 3, layer 2, slot 1"),
     "shared expert as id E": (changed(put(5, 4, 3, 16)), r"expert id 16 at row 5, layer 4, slot 3"),

@@ -1,0 +1,76 @@
+"""What SGLang is sent for a request and what it answers, the same in process and over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r3.errors import EngineError
+from r3.rollout.engine import Sampling
+from r3.routing import TokenIds
+from r3.types import Finish, ModelSpec, WeightVersion
+
+_FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+def sampling_params(sampling: Sampling, requests: int) -> list[dict[str, Any]]:
+    """Return SGLang's parameters for every request.
+
+    Every parameter that shapes the distribution is sent, because a checkpoint's generation_config may set others.
+    `sampling_seed` is read under `enable_deterministic_inference` alone, which `run.deterministic` sets on a GPU.
+    """
+    seeds: list[dict[str, int]] = [{}] * requests
+    if sampling.seed is not None:
+        words = np.random.SeedSequence(sampling.seed).generate_state(requests)
+        seeds = [{"sampling_seed": int(word)} for word in words]
+    common = {
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "n": 1,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+    }
+    return [common | seed for seed in seeds]
+
+
+def sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -> tuple[TokenIds, NDArray[np.float32]]:
+    """Return the sampled tokens `[R]` int32 and their log-probs `[R]` float32; SGLang's rows are (log-prob, id, text).
+
+    Raises `EngineError` unless there is one log-prob for each token and every token is in the vocabulary.
+    """
+    response = np.asarray(output["output_ids"], dtype=np.int32)
+    rows = output["meta_info"].get("output_token_logprobs") or []
+    if [row[1] for row in rows] != response.tolist():
+        raise EngineError(
+            f"request {index}: {engine} returned log-probs of {len(rows)} tokens that are not the "
+            f"{len(response)} sampled ones"
+        )
+    if len(response) and not 0 <= response.min() <= response.max() < model.vocab_size:
+        raise EngineError(f"request {index}: a token id is outside the vocabulary of {model.vocab_size}")
+    return response, np.array([row[0] for row in rows], dtype=np.float32)
+
+
+def finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
+    """Return why an answer ended; raise `EngineError` for a reason that means nothing here."""
+    reason = (meta.get("finish_reason") or {}).get("type")
+    if reason not in _FINISHES:
+        raise EngineError(f"request {index}: {engine} ended with finish reason {reason!r}")
+    return _FINISHES[reason]
+
+
+def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, engine: str) -> WeightVersion:
+    """Return `loaded`; SGLang stamps answers itself, and one of other weights than the last loaded is never used."""
+    if meta.get("weight_version") != str(loaded):
+        raise EngineError(
+            f"request {index}: {engine} answered with weights {meta.get('weight_version')!r}, loaded are {loaded}"
+        )
+    return loaded
