@@ -14,18 +14,24 @@ from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
-from r3.routing import RoutingTrace, TokenIds
+from r3.rollout.provenance import StaleRows
+from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightSource, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """What an engine says of itself: model, name with version, is routing capture on, dtype of its weights."""
+    """What an engine says of itself: model, name with version, is routing capture on, dtype of its weights.
+
+    `provenance`: `exact` when it stamps rows with their forward passes, else `unknown`, and why in `unstamped`.
+    """
 
     model: ModelSpec
     engine: str
     capture: bool
     dtype: str
+    provenance: Provenance = "unknown"
+    unstamped: str = "the engine says nothing of who wrote its routing rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,9 @@ class Generation:
 
     `routing`: the record of all S-1 input tokens, None where it was not asked for. `defect`: why the record that came
     back cannot be used; whether that stops the run is the caller's choice (`routing.on_error`). `cached_tokens`: prompt
-    tokens whose KV, and with it whose routing, came from the engine's prefix cache.
+    tokens whose KV, and with it whose routing, came from the engine's prefix cache. `stale`: rows that are not those
+    behind the log-probs that depend on them, known only when the record's provenance is `exact`; what to do about them
+    is the caller's choice (`routing.on_stale`).
     """
 
     tokens: TokenIds
@@ -70,6 +78,7 @@ class Generation:
     weight_version: WeightVersion
     cached_tokens: int = 0
     defect: RoutingError | None = None
+    stale: tuple[StaleRows, ...] = ()
 
 
 class Engine(Protocol):

@@ -16,7 +16,10 @@ from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
+from r3.rollout.provenance import StaleRows, with_provenance
+from r3.rollout.sglang_plugin.client import switch
 from r3.rollout.wire import decode_sglang
+from r3.routing import Provenance, RoutingTrace
 from r3.types import Finish, ModelSpec, WeightBucket, WeightSource, WeightVersion
 
 _FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -47,11 +50,14 @@ class SglangEngine:
             raise ConfigError(f"rollout.engine_args: {self._name} does not take them ({error})") from error
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise EngineError(f"{self._name} did not start: {error}") from error
+        self._provenance, self._unstamped = self._switch_stamps()
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
         config = self._config
-        return EngineSpec(self._model, self._name, config.routing.capture, config.rollout.dtype)
+        return EngineSpec(
+            self._model, self._name, config.routing.capture, config.rollout.dtype, self._provenance, self._unstamped
+        )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
         """Answer every request in one batch, in order.
@@ -139,13 +145,23 @@ class SglangEngine:
         tokens = np.concatenate([request.tokens, response])
         finish = self._finish(index, meta)
         version = self._checked_version(index, meta)
-        routing, defect = None, None
-        if capture and not (finish == "abort" and not len(response)):
+        routing: RoutingTrace | None = None
+        stale: tuple[StaleRows, ...] = ()
+        defect: RoutingError | None = None
+        if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
+            # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
+            # `_handle_abort_req`): the KV is gone.
+            defect = RoutingError(
+                f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released and "
+                "with it every routing row"
+            )
+        elif capture and not (finish == "abort" and not len(response)):
             try:
-                routing = decode_sglang(
+                decoded = decode_sglang(
                     meta.get("routed_experts"), tokens, self._model,
                     request=index, weight_version=version, engine=self._name,
                 )  # fmt: skip
+                routing, stale = self._stamped(index, decoded, meta, tokens, len(request.tokens))
             except RoutingError as error:
                 defect = error
         return Generation(
@@ -157,7 +173,31 @@ class SglangEngine:
             weight_version=version,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             defect=defect,
+            stale=stale,
         )
+
+    def _stamped(
+        self, index: int, decoded: RoutingTrace, meta: dict[str, Any], tokens: np.ndarray[Any, Any], prompt_len: int
+    ) -> tuple[RoutingTrace, tuple[StaleRows, ...]]:
+        """Let the plugin's stamps say which weights each row is of; an engine that stamps must stamp every answer."""
+        if self._provenance == "unknown":
+            return decoded, ()
+        try:
+            found, stale = with_provenance(decoded, meta, num_tokens=len(tokens), prompt_len=prompt_len)
+        except RoutingError as error:
+            raise RoutingError(f"request {index}: {error}") from error
+        if len(tokens) > prompt_len and found.provenance != "exact":
+            raise RoutingError(f"request {index}: {self._name} stamps its rows, but none of this answer are stamped")
+        return found, stale
+
+    def _switch_stamps(self) -> tuple[Provenance, str]:
+        if not self._config.routing.capture:
+            return "unknown", "routing.capture is off"
+        try:
+            return switch(self._engine, self._config.routing.provenance)
+        except ConfigError:
+            self.close()
+            raise
 
     def _logprobs(self, index: int, response: np.ndarray[Any, Any], rows: list[Any]) -> np.ndarray[Any, Any]:
         """Return log-probs `[R]` float32 of the sampled tokens; SGLang's rows are (log-prob, token id, text)."""
