@@ -44,6 +44,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("pp_size", _above_one, "capture", "each pipeline stage records only its own layers, nothing merges them"),
     Refusal("enable_hierarchical_cache", bool, "capture",
             "restored KV moves to new slots and its routing rows do not follow (SGLang issue #26975)"),
+    Refusal("enable_lmcache", bool, "capture",
+            "KV that a connector restores brings no routing rows along (the fault of vLLM issue #39568)"),
     Refusal("disaggregation_mode", _is_set, "capture",
             "prompt rows stay on the prefill node (SGLang PRs #22916, #23885)"),
     Refusal("moe_runner_backend",

@@ -183,6 +183,7 @@ REFUSED = {
     "speculative_algorithm": "EAGLE",
     "pp_size": 2,
     "enable_hierarchical_cache": True,
+    "enable_lmcache": True,
     "disaggregation_mode": "decode",
     "moe_runner_backend": "flashinfer_trtllm",
     "moe_a2a_backend": "mooncake",
