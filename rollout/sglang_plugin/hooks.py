@@ -19,7 +19,7 @@ _FORWARD = "r3_forward"  # on a pending capture output and on a batch result: th
 _TOKENS = "r3_token_forwards"  # on a request: the pass behind each of its output tokens
 
 # Server arguments under which rows reach KV slots by other ways than a forward pass of this process, or under which a
-# scheduler step is not one pass. Their neutral values are False, None, "null", "none", 0 and 1.
+# scheduler step is not one pass.
 UNSUPPORTED = (
     "disaggregation_mode", "enable_hierarchical_cache", "enable_lmcache", "enable_hisparse", "enable_pdmux",
     "enable_two_batch_overlap", "speculative_algorithm", "dllm_algorithm", "pp_size",
@@ -51,7 +51,7 @@ class Hooks:
         arguments = scheduler.server_args
         self._ledger.label_weights(str(arguments.weight_version))
         found = {name: getattr(arguments, name, None) for name in UNSUPPORTED}
-        wrong = [f"{name}={value!r}" for name, value in found.items() if value not in (None, False, "null", "none", 1)]
+        wrong = [f"{name}={value!r}" for name, value in found.items() if not _is_neutral(name, value)]
         if wrong and self._ledger.refusal is None:
             refuse(self._ledger, f"{', '.join(wrong)}: rows of a KV slot may then be written without a forward pass")
 
@@ -158,6 +158,10 @@ def refuse(ledger: Ledger, reason: str) -> None:
 def outcome_succeeded(outcome: Any) -> bool:
     """Did a weight update, as SGLang reports it, replace the weights? A refused flush does not undo that."""
     return bool(getattr(outcome, "success", False)) or "not flushed" in str(getattr(outcome, "message", ""))
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    return value in (None, False, "", "null", "none") or (name == "pp_size" and value == 1)
 
 
 def _captures_routing(capturer: Any) -> bool:
