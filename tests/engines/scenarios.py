@@ -139,3 +139,15 @@ def unnamed_update(adapter: SglangEngine, prompt: np.ndarray, old: Path, new: Pa
     adapter._engine.loop.run_until_complete(adapter._engine.tokenizer_manager.update_weights_from_disk(request, None))
     (again,) = adapter.generate([Request(prompt)], sampling, capture=True)
     return again
+
+
+def aborted(adapter: SglangEngine, prompt: np.ndarray, model: Path, version: int) -> Generation:
+    """Abort a request that runs and was never retracted."""
+    adapter.load_weights(model, version)
+
+    async def interfere(manager: Any, rid: str) -> int:
+        manager.abort_request(rid)
+        return 0
+
+    output, before = _run(adapter, prompt, interfere)
+    return _answer(adapter, prompt, output, before, version).answer
