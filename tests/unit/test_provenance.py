@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3.errors import RoutingError
@@ -180,6 +180,7 @@ def test_malformed_stamps_are_refused(value: dict[str, Any], message: str) -> No
         with_provenance(trace(), value, num_tokens=TOTAL, prompt_len=PROMPT)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=60),
     st.lists(st.integers(1, 2**31 - 1), max_size=60),
@@ -221,6 +222,7 @@ def test_policies() -> None:
     assert "rows 8 to 8 written again" in describe(STALE)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.booleans(), min_size=TOTAL - 1, max_size=TOTAL - 1),
     st.lists(st.integers(0, 2), min_size=11, max_size=11),
