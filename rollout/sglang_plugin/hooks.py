@@ -75,7 +75,7 @@ class Hooks:
         original(pending)
         forward = getattr(pending, _FORWARD, None)
         if forward is not None and self._ledger.active:
-            self._ledger.stamp(pending.out_cache_loc.numpy(), forward, pending.host_cache.num_tokens)
+            self._ledger.stamp(pending.out_cache_loc.cpu().numpy(), forward, pending.host_cache.num_tokens)
 
     def get_topk(self, original: Callable[..., Any], capturer: Any, *args: Any, **kwargs: Any) -> Any:
         """Gather the stamps of the slots whose rows are being gathered."""

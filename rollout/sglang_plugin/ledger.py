@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from r3.rollout.provenance import Weights, pack
 
+LAST = 2**31 - 1
+
 
 class Ledger:
     """Numbers forward passes and remembers, per KV slot, the last one that wrote its routing row.
 
     `slots` int32 `[KV slots]`, 0 where no pass has written: four bytes beside the 4 x layers x k of a row. One object
-    per scheduler process, used from its one thread. Numbers end at 2**31 (eight months at 100 passes a second).
+    per scheduler process, used from its one thread. Numbers end behind `LAST` (eight months at 100 passes a second).
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,8 @@ class Ledger:
     def begin_forward(self) -> int:
         """Number the pass that has just been started and note its weights."""
         self.forward += 1
+        if self.forward == LAST:
+            self.refusal = f"pass {LAST} was the last that four bytes can number; restart the engine"
         last = self.weights[-1] if self.weights else None
         if last is None or (last.label, last.updates) != (self._label, self._updates):
             self.weights.append(Weights(self.forward, self._label, self._updates))

@@ -11,6 +11,7 @@ import pytest
 from r3.errors import ConfigError
 from r3.rollout.provenance import KEY, Weights
 from r3.rollout.sglang_plugin import client, hooks, plugin
+from r3.rollout.sglang_plugin.ledger import LAST
 from r3.rollout.sglang_plugin.plugin import Point
 from tests.stand_in_scheduler import Scheduler, answer, stamps
 
@@ -69,6 +70,16 @@ def test_a_step_that_is_not_one_pass_gives_no_stamps(passes: int) -> None:
     engine, one = Scheduler(False), answer(2, 5, 6)
     engine.process(engine.launch(5, 6, passes=passes), one, finish=one)
     assert one.customized_info is None
+
+
+def test_numbers_that_run_out_stop_the_stamps_instead_of_the_engine() -> None:
+    engine, one = Scheduler(False), answer(2, 5, 6, 7)
+    engine.ledger.forward = LAST - 1
+    engine.process(engine.launch(5, 6), one)
+    engine.process(engine.launch(7), one, finish=one)
+    assert one.customized_info is None
+    with pytest.raises(RuntimeError, match="restart the engine"):
+        engine.hooks.switch(engine, True)
 
 
 def test_values_of_others_in_the_same_field_stay() -> None:
