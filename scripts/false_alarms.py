@@ -4,8 +4,9 @@
     python scripts/false_alarms.py --dtype float32 --samples 6000
     python scripts/false_alarms.py --dtype bfloat16 --samples 6000
 
-A tiny random Mixture-of-Experts model, prompts of 2 to 60 tokens in groups of four, answers of 1 to 6 tokens, prefix
-cache on, new weights every few calls. Prints one JSON line; exit code 1 when anything was raised or dropped.
+A tiny random Mixture-of-Experts model, prompts of 2 to 60 tokens in groups of four, answers of 1 to 12 tokens (one
+token in seven ends them), prefix cache on, new weights every few calls. Prints one JSON line; exit code 1 when anything
+was raised or dropped.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from r3.rollout.worker import RolloutWorker
 from r3.types import Prompt
 from tests import plugin_entry
 from tests.real_engine import engine_config
-from tests.tiny_model import write_model
+from tests.tiny_model import VOCAB_SIZE, write_model
 
 PROMPTS_PER_CALL, GROUP, CALLS_PER_UPDATE = 64, 4, 5
 
@@ -50,14 +51,21 @@ def prompts(seed: int) -> Iterator[tuple[Prompt, ...]]:
         yield tuple(fresh + old)
 
 
+def model_with_many_ends(directory: Path, seed: int) -> Path:
+    """Write a random model that one token in seven ends, so that answers are of mixed length."""
+    model = write_model(directory, seed)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(1, VOCAB_SIZE // 7))}))
+    return model
+
+
 def measure(dtype: str, wanted: int, provenance: str) -> dict[str, object]:
     """Generate at least `wanted` samples and return what the checks made of them."""
     found: dict[str, object] = {"dtype": dtype, "alarms": 0, "dropped": 0, "stale_rows": 0, "messages": []}
-    samples = rows = cached = 0
+    samples = rows = cached = sampled = 0
     with tempfile.TemporaryDirectory() as folder:
-        models = [write_model(Path(folder) / str(seed), seed) for seed in range(2)]
+        models = [model_with_many_ends(Path(folder) / str(seed), seed) for seed in range(2)]
         config = engine_config(
-            routing={"provenance": provenance}, dtype=dtype, max_new_tokens=6, max_running_requests=256,
+            routing={"provenance": provenance}, dtype=dtype, max_new_tokens=12, max_running_requests=256,
             max_total_tokens=65_536,
         )  # fmt: skip
         worker = RolloutWorker(config, str(models[0]), 0)
@@ -76,11 +84,13 @@ def measure(dtype: str, wanted: int, provenance: str) -> dict[str, object]:
                 found["messages"] = [str(error), *found["messages"]][:5]  # type: ignore[misc]
                 continue
             rows, cached = rows + report.routing_rows, cached + report.cached_tokens
+            sampled += report.response_tokens
             found["dropped"] = int(str(found["dropped"])) + len(report.dropped)
             found["stale_rows"] = int(str(found["stale_rows"])) + report.stale_rows
         seconds = time.perf_counter() - begin
         worker.close()
-    return {"samples": samples, "rows": rows, "cached_tokens": cached, "seconds": round(seconds, 1)} | found
+    counts = {"samples": samples, "rows": rows, "response_tokens": sampled, "cached_tokens": cached}
+    return counts | {"seconds": round(seconds, 1)} | found
 
 
 def main() -> int:
