@@ -4,8 +4,9 @@
     python scripts/bench/provenance.py --pairs 30
 
 Two real SGLang engines on a CPU with the same weights, one with the plugin and one without (SGLANG_PLUGINS leaves it
-out), answer the same requests in turn, in alternating order. The ratio is the median over pairs, with the 95 % interval
-of a bootstrap. Bytes: of the scheduler's book per KV slot, and of the stamps per row in an answer.
+out), answer the same requests in turn, in alternating order. Ratios, of the time of a call and of the CPU time of the
+engine's scheduler in it, are medians over pairs, with the 95 % interval of a bootstrap. Bytes: of the scheduler's book
+per KV slot, and of the stamps per row in an answer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import psutil
 
 from r3.rollout.engine import Request, Sampling
 from r3.rollout.engines.sglang import SglangEngine
@@ -34,28 +36,36 @@ from tests.real_engine import engine_config
 from tests.tiny_model import VOCAB_SIZE, write_model
 
 
-def start(model: Path, stamping: bool) -> SglangEngine:
-    """Start one engine with or without the plugin."""
+def schedulers() -> list[psutil.Process]:
+    """Return the scheduler processes of this one."""
+    return [child for child in psutil.Process().children(recursive=True) if "sglang::sch" in " ".join(child.cmdline())]
+
+
+def start(model: Path, stamping: bool) -> tuple[SglangEngine, psutil.Process]:
+    """Start one engine with or without the plugin; return it and its scheduler's process."""
+    others = {child.pid for child in schedulers()}
     plugin_entry.show() if stamping else plugin_entry.hide()
     routing = {"provenance": "require" if stamping else "auto"}
     engine = SglangEngine(engine_config(routing=routing, max_total_tokens=32_768), model, 0)
     assert (engine.spec().provenance == "exact") == stamping
-    return engine
+    (process,) = [child for child in schedulers() if child.pid not in others]
+    return engine, process
 
 
-def timed(engine: SglangEngine, requests: list[Request], tokens: int) -> float:
-    """Return the seconds of one call from an empty cache."""
+def timed(engine: SglangEngine, process: psutil.Process, requests: list[Request], tokens: int) -> tuple[float, float]:
+    """Return the seconds of one call from an empty cache, and the scheduler's CPU seconds in it."""
     engine.flush_cache()
-    begin = time.perf_counter()
+    before, begin = process.cpu_times(), time.perf_counter()
     engine.generate(requests, Sampling(1.0, tokens, ignore_eos=True), capture=True)
-    return time.perf_counter() - begin
+    seconds, after = time.perf_counter() - begin, process.cpu_times()
+    return seconds, after.user + after.system - before.user - before.system
 
 
-def interval(ratios: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the median."""
+def summary(ratios: np.ndarray[Any, Any]) -> str:
+    """Return the median and its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).choice(ratios, size=(4000, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    return f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f})"
 
 
 def wire_bytes(engine: SglangEngine, requests: list[Request], tokens: int) -> float:
@@ -73,32 +83,28 @@ def main() -> None:
     """Print one row per batch size."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=16)
     options = parser.parse_args()
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder), seed=0)
         engines = {stamping: start(model, stamping) for stamping in (True, False)}
-        print(
-            "| requests x tokens | pairs | time with / without, median (95 %) | bytes per KV slot | per row, answer |"
-        )
-        print("|---|---|---|---|---|")
-        for batch in (1, 64):
+        print("| requests x tokens | pairs | time with / without | CPU time with / without | per KV slot | per row |")
+        print("|---|---|---|---|---|---|")
+        for batch, tokens in ((1, 128), (64, 32)):
             requests = [Request(generator.integers(2, VOCAB_SIZE, 32).astype(np.int32)) for _ in range(batch)]
-            for engine in engines.values():
-                timed(engine, requests, options.tokens)
-            ratios = []
-            for pair in range(options.pairs):
+            found = []
+            for pair in range(-1, options.pairs):
                 order = (True, False) if pair % 2 else (False, True)
-                seconds = {stamping: timed(engines[stamping], requests, options.tokens) for stamping in order}
-                ratios.append(seconds[True] / seconds[False])
-            low, high = interval(np.array(ratios))
-            size = wire_bytes(engines[True], requests, options.tokens)
+                seconds = {stamping: timed(*engines[stamping], requests, tokens) for stamping in order}
+                if pair >= 0:  # the first pair warms up
+                    found.append(np.divide(seconds[True], seconds[False]))
+            wall, cpu = np.stack(found, axis=1)
+            size = wire_bytes(engines[True][0], requests, tokens)
             print(
-                f"| {batch} x {options.tokens} | {options.pairs} | {np.median(ratios):.3f} ({low:.3f} to {high:.3f}) "
-                f"| 4 | {size:.2f} |", flush=True,
+                f"| {batch} x {tokens} | {options.pairs} | {summary(wall)} | {summary(cpu)} | 4 bytes "
+                f"| {size:.2f} bytes |", flush=True,
             )  # fmt: skip
-        for engine in engines.values():
+        for engine, _ in engines.values():
             engine.close()
 
 
