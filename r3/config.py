@@ -196,6 +196,10 @@ class RoutingConfig(Section):
     """Record the experts of every training rollout."""
     on_error: Literal["fail", "drop_sample"] = "fail"
     """A sample whose record is missing or malformed: stop the run, or leave the sample out and count it."""
+    provenance: Literal["auto", "require", "off"] = "auto"
+    """Stamp each row with the forward pass that wrote it: where the SGLang plugin runs, always, or never."""
+    on_stale: Literal["fail", "drop_sample", "native_rows"] = "fail"
+    """Rows known not to be those behind their log-probs: stop, drop the sample, or leave these rows to the trainer."""
     block_layers: int = Field(8, ge=1)
     """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""
     save_every: int = Field(0, ge=0)

@@ -263,7 +263,8 @@ class _Parts:
                 )
             batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]).core)
             rows = int(batch.row_offsets[-1])
-            return f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache"
+            proof = f"provenance {spec.provenance}" + (f" ({spec.unstamped})" if spec.unstamped else "")
+            return f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; {proof}"
 
 
 def _own_packages() -> str:

@@ -186,6 +186,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/truncated_frac": float(np.mean([fact.finish == "length" for fact in rollout.facts])),
         "rollout/tokens_per_s": float(responses.sum() / rollout.seconds),
         "router/dropped_samples": float(rollout.dropped),
+        "router/stale_rows": float(rollout.stale_rows),
         "transport/routing_bytes": float(rollout.routing_bytes),
         "transport/bytes_per_token": rollout.routing_bytes / max(rollout.routing_rows, 1),
         "transport/put_s": rollout.pack_seconds,

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
+from r3.rollout.provenance import StaleRows
 from r3.rollout.wire.common import Wire
-from r3.routing import RoutingTrace, TokenIds
+from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightSource, WeightVersion
 
 # Generation-only servers: they answer, but nothing that they offer replaces their weights.
@@ -47,6 +48,7 @@ class EngineSpec:
     """What an engine says of itself: model, name with version, is routing capture on, dtype of its weights.
 
     `recorded`: what its records hold, None from an engine that does not say. `updates`: how it takes new weights.
+    `provenance`: `exact` when it stamps rows with their forward passes, else `unknown`, and why in `unstamped`.
     """
 
     model: ModelSpec
@@ -55,6 +57,8 @@ class EngineSpec:
     dtype: str
     recorded: Recorded | None = None
     updates: UpdateKind = "tensors"
+    provenance: Provenance = "unknown"
+    unstamped: str = "the engine says nothing of who wrote its routing rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,9 @@ class Generation:
     `routing`: the record of the input tokens from `Request.routing_start` to S-2, None where it was not asked for.
     `defect`: why the record that came back cannot be used; whether that stops the run is the caller's choice
     (`routing.on_error`). `cached_tokens`: prompt tokens whose KV, and with it whose routing, came from the engine's
-    prefix cache. `wire`: how the record travelled, None from an engine that does not say.
+    prefix cache. `wire`: how the record travelled, None from an engine that does not say. `stale`: rows that are not
+    those behind the log-probs that depend on them, known only when the record's provenance is `exact`; what to do about
+    them is the caller's choice (`routing.on_stale`).
     """
 
     tokens: TokenIds
@@ -106,6 +112,7 @@ class Generation:
     cached_tokens: int = 0
     defect: RoutingError | None = None
     wire: Wire | None = None
+    stale: tuple[StaleRows, ...] = ()
 
 
 class Engine(Protocol):

@@ -53,6 +53,7 @@ class Rollout:
     cached_tokens: int
     routing_bytes: int
     routing_rows: int
+    stale_rows: int = 0
 
     @property
     def dropped(self) -> int:
@@ -179,6 +180,10 @@ class RolloutPool:
         dropped = tuple(sample for report in reports for sample in report.dropped)
         if dropped:
             self._on_event("samples_dropped", step=step, count=len(dropped), first=dropped[0].reason)
+        stale = sum(report.stale_rows for report in reports)
+        if stale:
+            first = next(report.first_stale for report in reports if report.first_stale)
+            self._on_event("stale_rows", step=step, count=stale, first=first)
         if not any(report.facts for report in reports):
             raise EngineError(f"step {step}: none of {len(dropped)} samples is usable; first: {dropped[0].reason}")
         return Rollout(
@@ -193,6 +198,7 @@ class RolloutPool:
             cached_tokens=sum(report.cached_tokens for report in reports),
             routing_bytes=sum(report.routing_bytes for report in reports),
             routing_rows=sum(report.routing_rows for report in reports),
+            stale_rows=stale,
         )
 
     def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:

@@ -23,6 +23,7 @@ class RolloutReport:
 
     `facts`: one per trajectory, in packing order. `seconds`: generation alone; `score_seconds`: rewards;
     `pack_seconds`: packing and the checks over the whole batch. Token counts include dropped ones.
+    `stale_rows`: of all samples, whatever `routing.on_stale` made of them; `first_stale` describes a sample's.
     """
 
     facts: tuple[SampleFacts, ...]
@@ -36,6 +37,8 @@ class RolloutReport:
     routing_bytes: int
     routing_rows: int
     weight_version: WeightVersion
+    stale_rows: int = 0
+    first_stale: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from r3.config import Config
 from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation, open_engine, stop_token_ids
+from r3.rollout.provenance import count, describe, settle
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, RolloutReport
 from r3.routing import check_constant_layers
 from r3.tasks import encode, open_task
@@ -88,6 +89,8 @@ class RolloutWorker:
             cached_tokens=sum(answer.cached_tokens for answer in found),
             routing_bytes=batch.routing_bytes,
             routing_rows=int(batch.row_offsets[-1]),
+            stale_rows=sum(count(answer.stale) for answer in found),
+            first_stale=next((describe(answer.stale) for answer in found if answer.stale), ""),
             weight_version=found[0].weight_version if found else 0,
         ), batch
 
@@ -162,9 +165,21 @@ class RolloutWorker:
                 dropped.append(Dropped(sample.group, sample.member, str(defect)))
             elif answer.finish == "abort":
                 dropped.append(Dropped(sample.group, sample.member, "aborted by the engine"))
+            elif (settled := self._settle_stale(answer, where)) is None:
+                dropped.append(Dropped(sample.group, sample.member, f"stale rows: {describe(answer.stale)}"))
             else:
-                kept.append((sample, answer))
+                kept.append((sample, settled))
         return kept, dropped
+
+    def _settle_stale(self, answer: Generation, where: str) -> Generation | None:
+        """Apply `routing.on_stale`; None for an answer that is to be dropped."""
+        if answer.routing is None or not answer.stale:
+            return answer
+        try:
+            routing = settle(answer.routing, answer.stale, answer.tokens, self._config.routing.on_stale)
+        except RoutingError as error:
+            raise RoutingError(f"{where}: {error}") from error
+        return None if routing is None else replace(answer, routing=routing)
 
     def _captured(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         found = self._engine.generate(requests, sampling, capture=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from r3.config import Config
+from r3.rollout.engine import EngineSpec
 from r3.rollout.pool import Actor
+from tests import plugin_entry
 
 
-def engine_config(**rollout: Any) -> Config:
+def engine_config(routing: dict[str, Any] | None = None, **rollout: Any) -> Config:
     """Config of a float32 CPU engine; keyword arguments are keys of `rollout`."""
     return Config.model_validate(
         {
@@ -19,6 +22,7 @@ def engine_config(**rollout: Any) -> Config:
             },
             "rollout": {"dtype": "float32", "max_new_tokens": 8, "max_total_tokens": 16_384, "max_running_requests": 64}
             | rollout,
+            "routing": routing or {},
         }
     )
 
@@ -29,6 +33,10 @@ class Host(Actor):
     def engine(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the adapter."""
         return getattr(self._worker._engine, method)(*arguments, **options)
+
+    def play(self, scenario: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of a test, in this process, with the adapter and `arguments`."""
+        return scenario(self._worker._engine, *arguments)
 
     def raw(self, **options: Any) -> Any:
         """Call SGLang's own `generate`."""
@@ -59,3 +67,21 @@ class Host(Actor):
         batched._run_sdpa_forward_decode(query, ours, *shared, **options)
         TorchNativeAttnBackend._run_sdpa_forward_decode(batched, query, theirs, *shared, **options)
         return float((ours - theirs).abs().max())
+
+
+class StampingHost(Host):
+    """An engine with the plugin that stamps routing rows."""
+
+    def start(self) -> EngineSpec:
+        """Start the engine."""
+        plugin_entry.show()
+        return super().start()
+
+
+class StockHost(Host):
+    """An engine without it, as SGLang comes."""
+
+    def start(self) -> EngineSpec:
+        """Start the engine."""
+        plugin_entry.hide()
+        return super().start()

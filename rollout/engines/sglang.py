@@ -17,8 +17,10 @@ from r3.errors import ConfigError, EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.sglang_answers import checked_version, finish_of, sampled, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
+from r3.rollout.provenance import StaleRows, cut, with_provenance
+from r3.rollout.sglang_plugin.client import switch
 from r3.rollout.wire import Wire, read_sglang
-from r3.routing import RoutingTrace
+from r3.routing import Provenance, RoutingTrace
 from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
 
 
@@ -47,12 +49,16 @@ class SglangEngine:
             raise ConfigError(f"rollout.engine_args: {self._name} does not take them ({error})") from error
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise EngineError(f"{self._name} did not start: {error}") from error
+        self._provenance, self._unstamped = self._switch_stamps()
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
         config, model = self._config, self._model
         recorded = Recorded(model.moe_layers, model.num_experts, model.top_k, cached_rows=True)
-        return EngineSpec(model, self._name, config.routing.capture, config.rollout.dtype, recorded)
+        return EngineSpec(
+            model, self._name, config.routing.capture, config.rollout.dtype, recorded,
+            provenance=self._provenance, unstamped=self._unstamped,
+        )  # fmt: skip
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
         """Answer every request in one batch, in order.
@@ -147,16 +153,23 @@ class SglangEngine:
         version = checked_version(index, meta, self._version, self._name)
         routing: RoutingTrace | None = None
         wire: Wire | None = None
+        stale: tuple[StaleRows, ...] = ()
         defect: RoutingError | None = None
-        if capture and not (finish == "abort" and not len(response)):
+        if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
+            # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
+            # `_handle_abort_req`): the KV is gone.
+            defect = RoutingError(
+                f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released and "
+                "with it every routing row"
+            )
+        elif capture and not (finish == "abort" and not len(response)):
             try:
                 decoded = read_sglang(
                     meta.get("routed_experts"), tokens, self._model,
                     request=index, weight_version=version, engine=self._name, start=start,
                 )  # fmt: skip
-                routing, wire = decoded.routing, decoded.wire
-                if start < request.routing_start:
-                    routing = routing.clip(request.routing_start, len(tokens), tokens)
+                wire = decoded.wire
+                routing, stale = self._stamped(index, decoded.routing, meta, tokens, request, start)
             except RoutingError as error:
                 defect = error
         return Generation(
@@ -169,7 +182,47 @@ class SglangEngine:
             cached_tokens=int(meta.get("cached_tokens") or 0),
             defect=defect,
             wire=wire,
+            stale=stale,
         )
+
+    def _stamped(
+        self,
+        index: int,
+        decoded: RoutingTrace,
+        meta: dict[str, Any],
+        tokens: np.ndarray[Any, Any],
+        request: Request,
+        start: int,
+    ) -> tuple[RoutingTrace, tuple[StaleRows, ...]]:
+        """Return the rows that the request asked for out of those from `start` on, with the versions that stamps prove.
+
+        An engine that stamps must stamp every answer.
+        """
+        found: RoutingTrace = decoded
+        stale: tuple[StaleRows, ...] = ()
+        if self._provenance == "exact":
+            prompt_len = len(request.tokens)
+            try:
+                found, stale = with_provenance(found, meta, num_tokens=len(tokens), prompt_len=prompt_len, begin=start)
+            except RoutingError as error:
+                raise RoutingError(f"request {index}: {error}") from error
+            if len(tokens) > prompt_len and found.provenance != "exact":
+                raise RoutingError(
+                    f"request {index}: {self._name} stamps its rows, but none of this answer are stamped"
+                )
+        if start < request.routing_start:
+            found = found.clip(request.routing_start, len(tokens), tokens)
+            stale = cut(stale, request.routing_start)
+        return found, stale
+
+    def _switch_stamps(self) -> tuple[Provenance, str]:
+        if not self._config.routing.capture:
+            return "unknown", "routing.capture is off"
+        try:
+            return switch(self._engine, self._config.routing.provenance)
+        except ConfigError:
+            self.close()
+            raise
 
     @contextmanager
     def _update_session(self) -> Iterator[None]:
