@@ -10,7 +10,7 @@ import binascii
 import numpy as np
 from numpy.typing import NDArray
 
-from r3.errors import RoutingError
+from r3.errors import MissingRoutingError, RoutingError
 from r3.routing import RoutingTrace, TokenIds
 from r3.types import ModelSpec, WeightVersion
 
@@ -33,10 +33,10 @@ def decode_sglang(
 
     The payload is base64 of a flat, C-order little-endian int32 buffer with neither shape nor dtype, logically
     `[S-1, num_hidden_layers, top_k]` (SGLang PR #12162); dense layers read 0 and are dropped once that is checked.
-    Raises `RoutingError` that names request, row, layer and value.
+    Raises `RoutingError` that names request, row, layer and value, `MissingRoutingError` where nothing came.
     """
     if payload is None:
-        raise RoutingError(f"request {request}: {CAPTURE_IS_OFF}")
+        raise MissingRoutingError(f"request {request}: {CAPTURE_IS_OFF}")
     wide = _shaped(_from_base64(payload, request), len(tokens), model, request)
     _check_range(wide, model, request)
     _check_dense(wide, model, request)

@@ -139,7 +139,7 @@ class SglangEngine:
         tokens = np.concatenate([request.tokens, response])
         finish = self._finish(index, meta)
         version = self._checked_version(index, meta)
-        routing, defect = None, None
+        routing, defect, begin = None, None, time.perf_counter()
         if capture and not (finish == "abort" and not len(response)):
             try:
                 routing = decode_sglang(
@@ -157,6 +157,7 @@ class SglangEngine:
             weight_version=version,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             defect=defect,
+            decode_s=time.perf_counter() - begin,
         )
 
     def _logprobs(self, index: int, response: np.ndarray[Any, Any], rows: list[Any]) -> np.ndarray[Any, Any]:
