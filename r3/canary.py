@@ -1,4 +1,4 @@
-"""The start-up canary and the alarms of the audit: what a run proves before its first step, and what it doubts later."""
+"""The start-up canary and the alarms of the audit: what a run proves before its first step, and what it doubts."""
 
 from __future__ import annotations
 
