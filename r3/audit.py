@@ -104,7 +104,7 @@ def find_alarms(
     """Apply the alarm rules to the overlaps of one pass (`overlap_metrics`); none without them, or of too few rows.
 
     `min_overlap`: what the whole and every layer must reach, 0 to leave that to the relative rules; `where` names what
-    a recorded row belongs to. A rule about the whole record silences the same rule about its layers.
+    a recorded row belongs to. A rule that the whole record breaks is not repeated for its layers.
     """
     if report.get("router/audited_rows", 0) < MIN_ROWS:
         return ()
@@ -120,7 +120,8 @@ def find_alarms(
             for layer, value in margins.items()
             if value < -LAG_SLACK
         ]
-    if here < min_overlap:
+    low = _low_layers(layers, min_overlap)
+    if here < min_overlap and 2 * len(low) > len(layers):
         found.append(
             Alarm(
                 "overlap", here, min_overlap,
@@ -130,7 +131,7 @@ def find_alarms(
             )
         )  # fmt: skip
     else:
-        found += _low_layers(layers, min_overlap)
+        found += low
     return (*found, *_low_window(report, here, where))
 
 

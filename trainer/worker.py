@@ -177,7 +177,7 @@ class TrainerWorker:
             **self._old_metrics(share_.step, old, native, use),
             **self._update_metrics(share_.step, old, updates),
             **overlaps,
-            "router/alarms": float(len(alarms)),
+            **({"router/alarms": float(len(alarms))} if overlaps else {}),
             "rollout/staleness_max": float(self._version - min(t.weight_version for t in share_.step.trajectories)),
             "time/install_s": share_.seconds,
         }

@@ -136,9 +136,9 @@ def test_a_step_in_which_no_sample_has_a_record_is_native(model_dir: Path) -> No
     with joined_worker(config, model_dir) as worker:
         plain = make_batch(worker.spec(), routing=False)
         report = run_step(worker, plain).metrics
-        assert (report["router/coverage"], report["router/alarms"]) == (1, 0)
+        assert report["router/coverage"] == 1
         assert report["router/missing_rows"] > 0.9 * (1 - report["router/pad_rows"])
-        assert "router/lag0_overlap" not in report
+        assert not {"router/lag0_overlap", "router/alarms"} & report.keys()
 
 
 def test_the_audited_rows_do_not_depend_on_the_layout(model_dir: Path) -> None:
