@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from r3.config import TrainerConfig
+from tests.megatron.release import release_models
 
 TIMEOUT_S = 300.0
 # Shorter, so that a rank that waits for a failed one answers too.
@@ -146,3 +147,4 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
             pipe.send((True, function(*args)))
         except Exception:  # noqa: BLE001 - whatever it was, the test that asked must see it
             pipe.send((False, traceback.format_exc()))
+        release_models()

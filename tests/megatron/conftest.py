@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gloo_pool import GlooPool
+from tests.megatron.release import release_models
 
 torch.set_num_threads(1)
 
@@ -20,6 +21,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.megatron.toys import write_model
 
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _no_model_stays() -> Iterator[None]:
+    yield
+    release_models()
 
 
 @pytest.fixture
