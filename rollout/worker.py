@@ -12,7 +12,6 @@ import numpy as np
 
 from r3.config import Config, RoutingConfig
 from r3.errors import EngineError, RoutingError
-from r3.rollout.checks import check_repeated_rows
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation, open_engine, stop_token_ids
 from r3.rollout.policies import fate
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
@@ -186,7 +185,7 @@ class RolloutWorker:
         made = _Sorted()
         for sample, answer in zip(samples, answers, strict=True):
             begin = time.perf_counter()
-            defect = self._defect(sample.request, answer, routing.capture)
+            defect = check_generation(sample.request, answer, self._spec, capture=routing.capture)
             made.check_seconds += time.perf_counter() - begin + answer.decode_s
             made.found.append(answer)
             try:
@@ -202,20 +201,10 @@ class RolloutWorker:
             made.kept.append((sample, answer))
         return made
 
-    def _defect(self, request: Request, answer: Generation, capture: bool) -> RoutingError | None:
-        """Return what is wrong with a record, None when all is well; raise `EngineError` for a broken answer."""
-        defect = check_generation(request, answer, self._spec, capture=capture)
-        if defect is None and answer.routing is not None:
-            try:
-                check_repeated_rows(answer.routing, answer.tokens)
-            except RoutingError as error:
-                return error
-        return defect
-
     def _captured(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         found = list(self._engine.generate(requests, sampling, capture=True))
         for request, answer in zip(requests, found, strict=True):
-            defect = self._defect(request, answer, capture=True)
+            defect = check_generation(request, answer, self._spec, capture=True)
             if defect is not None:
                 raise type(defect)(f"start-up canary: {defect}")
             if answer.routing is None:

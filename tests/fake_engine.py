@@ -24,7 +24,7 @@ class FakeEngine:
     Faults, in `rollout.engine_args`: `die_in` (a method name) with `die_once` (a file that is made by the first death,
     so that only one worker dies once) or with `die_index` (that worker dies every time); `hang_in`; `refuse_start`;
     `bad_every` (every n-th record is malformed); `missing_every` (no record came back); `abort_every`;
-    `constant_layer`; `constant_rows` (one row for all tokens); `stale_cache`; `stale_mix` (only in batches that mix
+    `constant_layer`; `stale_cache`; `stale_mix` (only in batches that mix
     cached and new prompts); `capture_off` (the engine runs without capture, whatever the config says).
     """
 
@@ -86,8 +86,6 @@ class FakeEngine:
         first = np.asarray(tokens[:-1], dtype=np.int64)[:, None] + np.arange(len(model.moe_layers)) + shift
         if "constant_layer" in self._faults:
             first[:, self._faults["constant_layer"]] = 0
-        if "constant_rows" in self._faults:
-            first[:] = first[0]
         wide = (first[:, :, None] + np.arange(model.top_k)) % model.num_experts
         return RoutingTrace.record(
             wide,
