@@ -143,7 +143,11 @@ def semantics(answers: int) -> Iterator[tuple[str, ...]]:
     config = load_config("grpo_qwen3moe", overrides)
     model = resolve_model(config.model.path, target_reward=config.model.warm_start_reward, seed=config.run.seed)
     task = open_task(config.task)
-    with ray_cluster(config), RolloutPool(config, model) as pool, TrainerGroup(config, model) as trainers:
+    with (
+        ray_cluster(config) as places,
+        RolloutPool(config, model, place=places.rollout) as pool,
+        TrainerGroup(config, model, place=places.trainer) as trainers,
+    ):
         rollout = pool.generate([task.train_prompt(i) for i in range(answers // 8)], 1)
         credit = advantages(rollout.rewards, rollout.groups, config.grpo.advantage)
         samples = rollout.batches[0].get().trajectories()
