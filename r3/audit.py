@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,11 @@ MIN_ROWS = 32
 LAG_SLACK = 0.05
 
 Rule = Literal["lag", "overlap", "layer", "window"]
+_PARTS = {
+    "router/lag0_overlap": "all rows",
+    "router/overlap_prompt": "prompt rows",
+    "router/overlap_sampled": "rows of sampled tokens",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +81,41 @@ def choose_windows(rows: int, turn: int) -> NDArray[np.int64]:
 def overlap_metrics(counts: RouterCounts, layers: Sequence[int], windows: NDArray[np.int64]) -> dict[str, float]:
     """Return the `router/*` overlaps of one audited pass, empty where nothing was compared.
 
+    The numbers of a layer are those of prompt or of sampled tokens, whichever overlap less: the rows of a prompt that
+    many requests share fit the record of any of them, and outnumber the others.
     `layers`: global index of each MoE layer; `windows` `[n, 2]`: what `choose_windows` returned for the pass.
     """
-    if not counts.overlap_pairs.all():
+    # All rows, those of the prompts, those of sampled tokens: [layers, lags, 3].
+    sums, pairs = _with_all(counts.overlap), _with_all(counts.overlap_pairs)
+    if not pairs[:, :, 0].all():
         return {}
-    lags = counts.overlap / counts.overlap_pairs
-    before, here, after = counts.overlap.sum(0) / counts.overlap_pairs.sum(0)
-    hits, pairs = counts.windows[: len(windows)].T
-    means = hits / np.maximum(pairs, 1)
-    lowest = int(np.argmin(np.where(pairs > 0, means, np.inf)))
+    known = pairs.min((0, 1)) >= MIN_ROWS
+    known[0] = True
+    lags = (sums / np.maximum(pairs, 1))[:, :, known]
+    margins = lags[:, 1] - np.maximum(lags[:, 0], lags[:, 2])
+    here = lags[:, 1]
+    before, now, after = sums[:, :, 0].sum(0) / pairs[:, :, 0].sum(0)
+    hits, rows = counts.windows[: len(windows)].T
+    means = np.where(rows > 0, hits / np.maximum(rows, 1), np.inf)
+    lowest = int(np.argmin(means))
     report = {
-        "router/lag0_overlap": float(here),
-        "router/lag_margin": float(here - max(before, after)),
+        "router/lag0_overlap": float(now),
+        "router/lag_margin": float(now - max(before, after)),
         "router/overlap_window_min": float(means[lowest]),
         "router/overlap_window_row": float(windows[lowest, 0]),
-        "router/audited_rows": float(counts.overlap_pairs[:, LAGS.index(0)].max()),
+        "router/audited_rows": float(pairs[:, 1, 0].max()),
     }
-    for layer, (back, same, ahead) in zip(layers, lags, strict=True):
-        report[f"router/overlap_layer/{layer}"] = float(same)
-        report[f"router/lag_margin_layer/{layer}"] = float(same - max(back, ahead))
+    names = [key for key, is_known in zip(_PARTS, known, strict=True) if is_known]
+    report |= {key: float(here[:, part].mean()) for part, key in enumerate(names) if part}
+    worst = here.argmin(1)
+    for column, layer in enumerate(layers):
+        report[f"router/overlap_layer/{layer}"] = float(here[column, worst[column]])
+        report[f"router/lag_margin_layer/{layer}"] = float(margins[column, worst[column]])
     return report
+
+
+def _with_all(parts: NDArray[Any]) -> NDArray[Any]:
+    return np.concatenate([parts.sum(2, keepdims=True), parts], 2)
 
 
 def find_alarms(
@@ -110,29 +130,33 @@ def find_alarms(
         return ()
     here, margin = report["router/lag0_overlap"], report["router/lag_margin"]
     layers = _per_layer(report, "router/overlap_layer/")
-    margins = _per_layer(report, "router/lag_margin_layer/")
     found: list[Alarm] = []
-    if margin < -LAG_SLACK:
+    if _is_shifted(here, margin, min_overlap):
         found.append(_lag(here, margin, "the record fits"))
     else:
-        found += [
-            _lag(layers[layer], value, f"the record of layer {layer} fits", layer)
-            for layer, value in margins.items()
-            if value < -LAG_SLACK
-        ]
+        for layer, by in _per_layer(report, "router/lag_margin_layer/").items():
+            if _is_shifted(layers[layer], by, min_overlap):
+                found.append(_lag(layers[layer], by, f"the record of layer {layer} fits", layer))
     low = _low_layers(layers, min_overlap)
-    if here < min_overlap and 2 * len(low) > len(layers):
-        found.append(
-            Alarm(
-                "overlap", here, min_overlap,
-                f"the record overlaps the trainer's own top-k by {here:.3f} only, {min_overlap:g} is required "
-                "(routing.min_overlap): rows of other requests, layers in another order, physical expert ids, or "
-                "another model",
-            )
-        )  # fmt: skip
+    if 2 * len(low) > len(layers):
+        found.append(_low_record(report, float(np.median(list(layers.values()))), min_overlap))
     else:
         found += low
     return (*found, *_low_window(report, here, where))
+
+
+def _is_shifted(value: float, margin: float, min_overlap: float) -> bool:
+    """Tell whether a neighbour fits better, and well: rows that fit nowhere are no shift."""
+    return margin < -LAG_SLACK and value - margin >= min_overlap
+
+
+def _low_record(report: Mapping[str, float], value: float, threshold: float) -> Alarm:
+    parts = [f"{report[key]:.3f} over {what}" for key, what in _PARTS.items() if key in report]
+    return Alarm(
+        "overlap", value, threshold,
+        f"the record overlaps the trainer's own top-k by {', '.join(parts)}; {threshold:g} is required "
+        "(routing.min_overlap): rows of other requests, layers in another order, physical expert ids, or another model",
+    )  # fmt: skip
 
 
 def _lag(value: float, margin: float, subject: str, layer: int | None = None) -> Alarm:

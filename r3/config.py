@@ -180,7 +180,7 @@ class RoutingConfig(Section):
     """A sample that came back without any record: as on_error."""
     on_alarm: Literal["fail", "warn"] = "fail"
     """A step whose record does not fit the trainer's own choice: stop before it is trained on, or log the alarms."""
-    min_overlap: float = Field(0.6, ge=0, lt=1)
+    min_overlap: float = Field(0.7, ge=0, lt=1)
     """Overlap with the trainer's own top-k below which a record or layer raises an alarm; 0: relative rules alone."""
     block_layers: int = Field(8, ge=1)
     """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""

@@ -102,12 +102,12 @@ class RouterCounts:
 
     A row is one token position of one trajectory. `disagree` int64 `[layers]`: rows whose own top-k *set* differs from
     the recorded one; `compared`: rows that were compared (the same in every layer); `disagree_any`: rows that differ in
-    any layer. `overlap` float64 `[layers, 3]`: sum over audited rows of |own & recorded| / k with the record shifted by
-    -1, 0, +1 positions, `overlap_pairs` int64 `[layers, 3]` their number; `windows` float64 `[AUDIT_WINDOWS, 2]`: the
-    same sum at lag 0 over the rows of a window and all layers, and its (row, layer) pairs. `mismatched_ids`: recorded
-    ids that replay left out. `required`: rows that a trained token's log-prob depends on and that the engine captured;
-    `replayed`: those of them that were forced; `native`: rows on the model's own routing; `missing`: required rows
-    without a record; `pads`.
+    any layer. `overlap` float64 `[layers, 3, 2]`: sum over audited rows of |own & recorded| / k with the record shifted
+    by -1, 0, +1 positions, rows of prompt and of sampled tokens apart; `overlap_pairs` int64: their number; `windows`
+    float64 `[AUDIT_WINDOWS, 2]`: the same sum at lag 0 over the rows of a window and all layers, and its (row, layer)
+    pairs. `mismatched_ids`: recorded ids that replay left out. `required`: rows that a trained token's log-prob depends
+    on and that the engine captured; `replayed`: those of them that were forced; `native`: rows on the model's own
+    routing; `missing`: required rows without a record; `pads`.
     """
 
     disagree: NDArray[np.int64]
@@ -126,7 +126,7 @@ class RouterCounts:
     @classmethod
     def zero(cls, layers: int) -> RouterCounts:
         """Return the sums over no row at all, for a model with that many MoE layers."""
-        lags = (layers, 3)
+        lags = (layers, 3, 2)
         return cls(
             np.zeros(layers, np.int64),
             np.zeros(lags, np.float64),

@@ -153,7 +153,8 @@ class MicroBatch:
     step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s`
     rows under sequence parallelism: `experts` `[b, r, layers, k]` of the rank's MoE layers, or None when no trajectory
     has a record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch;
-    `windows` int64 `[b, r]`: window of the audit that the row is in, -1 for none.
+    `windows` int64 `[b, r]`: window of the audit that the row is in, -1 for none; `sampled` bool `[b, r]`: was the
+    row's token sampled (else it is the prompt's).
     `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and
     length of the uncut microbatch. `rows`: how many rows of it are of which kind.
     """
@@ -167,6 +168,7 @@ class MicroBatch:
     pads: Bools
     order: Ints
     windows: Ints
+    sampled: Bools
     lengths: tuple[int, ...] | None
     shape: tuple[int, int]
     rows: RowClasses
@@ -234,7 +236,7 @@ class _Whole:
         self.tokens, self.labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
         self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
-        self.pads = np.ones(shape, np.bool_)
+        self.pads, self.sampled = np.ones(shape, np.bool_), np.zeros(shape, np.bool_)
         captured = any(record is not None for record in step.records)
         dtype = expert_dtype(spec.num_experts)
         self.experts = np.zeros((*shape, len(self.layers), spec.top_k), dtype) if captured else None
@@ -248,6 +250,7 @@ class _Whole:
         trained = slice(begin + prompt - 1, begin + size - 1)
         self.targets[b, trained] = np.arange(self.offsets[i], self.offsets[i + 1])
         self.pads[b, begin : begin + size] = False
+        self.sampled[b, begin + prompt : begin + size] = True
         found, record = 0, self.records[i]
         if record is not None and self.experts is not None:
             blocks = needed_blocks(trajectory, record, self.spec, self.layers)
@@ -277,6 +280,7 @@ class _Whole:
             pads=self.pads[:, routed],
             order=order[:, routed],
             windows=self.windows[:, routed],
+            sampled=self.sampled[:, routed],
             lengths=tuple(int(length) for length in lengths) if self.form.packed else None,
             shape=(self.tokens.shape[0], self.tokens.shape[1]),
             rows=self.rows,

@@ -267,8 +267,9 @@ def _routing(microbatch: MicroBatch, use: RoutingUse | None, where: torch.device
 
     audit = None
     if use is not None and use.audit:
-        rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows)
-        audit = AuditPairs(tuple(map(tensor, rows.own)), tuple(map(tensor, rows.record)), tensor(rows.window))
+        rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
+        own, record, sampled = (tuple(map(tensor, part)) for part in (rows.own, rows.record, rows.sampled))
+        audit = AuditPairs(own, record, sampled, tensor(rows.window))
     return MicrobatchRouting(
         experts=None if use is None or microbatch.experts is None else tensor(microbatch.experts),
         recorded=tensor(microbatch.recorded),

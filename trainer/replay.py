@@ -38,11 +38,12 @@ TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 class AuditPairs:
     """Rows to compare, int64 indices into a router's rows on the model's device; see `r3.trainer.sampling.AuditRows`.
 
-    `own`, `record`: one tensor for each lag -1, 0, +1; `window`: of each pair at lag 0.
+    `own`, `record`, `sampled`: one tensor for each lag -1, 0, +1; `window`: of each pair at lag 0.
     """
 
     own: tuple[torch.Tensor, ...]
     record: tuple[torch.Tensor, ...]
+    sampled: tuple[torch.Tensor, ...]
     window: torch.Tensor
 
 
@@ -314,10 +315,11 @@ class _Visit:
 
     def _overlap(self, tally: Tally, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
         """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""
-        for index, (mine, recorded) in enumerate(zip(audit.own, audit.record, strict=True)):
+        for index, (mine, recorded, sampled) in enumerate(zip(audit.own, audit.record, audit.sampled, strict=True)):
             hits = contained(ids[recorded], own[mine]).sum(1, dtype=torch.float64) / own.shape[1]
-            tally.overlap[self._column, index] += hits.sum()
-            tally.overlap_pairs[self._column, index] += len(hits)
+            parts = torch.stack([~sampled, sampled], 1)
+            tally.overlap[self._column, index] += hits @ parts.double()
+            tally.overlap_pairs[self._column, index] += parts.sum(0)
             if LAGS[index] == 0:
                 tally.windows.index_add_(0, audit.window, torch.stack([hits, torch.ones_like(hits)], 1))
 

@@ -52,25 +52,28 @@ class AuditRows:
     """Pairs of rows to compare, as indices into a router's rows `[s * b]`.
 
     `own`, `record`: for each lag -1, 0, +1 the rows whose own choice is looked at and, of the same length, the rows
-    whose record it is compared with; `window`: of each pair at lag 0.
+    whose record it is compared with, `sampled` bool: of which of them the engine sampled the token (the rows of a
+    shared prompt fit many records); `window`: of each pair at lag 0.
     """
 
     own: tuple[Ints, ...]
     record: tuple[Ints, ...]
+    sampled: tuple[Bools, ...]
     window: Ints
 
 
-def audit_rows(recorded: Bools, order: Ints, windows: Ints) -> AuditRows:
+def audit_rows(recorded: Bools, order: Ints, windows: Ints, sampled: Bools) -> AuditRows:
     """Return the pairs of one rank's rows of a microbatch, each argument `[b, r]` (`MicroBatch`).
 
     Pairs that are cut apart, at the edge of a context- or sequence-parallel rank's rows, are left out.
     """
     place: NDArray[np.int64] = np.arange(recorded.size).reshape(recorded.shape[::-1]).T
-    own, record = [], []
+    own, record, parts = [], [], []
     for lag in LAGS:
         # The last position of a sequence has no record, so no row is paired with one of another sequence.
         neighbour = np.roll(recorded, -lag, 1) & (np.roll(order, -lag, 1) == order + lag)
         valid = recorded & (windows >= 0) & neighbour
         own.append(place[valid])
         record.append(np.roll(place, -lag, 1)[valid])
-    return AuditRows(tuple(own), tuple(record), windows[recorded & (windows >= 0)])
+        parts.append(sampled[valid])
+    return AuditRows(tuple(own), tuple(record), tuple(parts), windows[recorded & (windows >= 0)])

@@ -43,9 +43,9 @@ class Tally:
         def count(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        overlap = torch.zeros(layers, 3, dtype=torch.float64, device=device)
+        overlap = torch.zeros(layers, 3, 2, dtype=torch.float64, device=device)
         windows = torch.zeros(AUDIT_WINDOWS, 2, dtype=torch.float64, device=device)
-        return cls(count(layers), count(layers), overlap, count(layers, 3), windows, count(), count())
+        return cls(count(layers), count(layers), overlap, count(layers, 3, 2), windows, count(), count())
 
     def finish_microbatch(self, chunk: int, differs: torch.Tensor, recorded: torch.Tensor, compared: bool) -> None:
         """Note that `chunk` ran its next microbatch, and which of its rows (router order) differ there."""
@@ -90,13 +90,13 @@ class Tally:
         layers = len(self.disagree)
         if not where.reports or where.context:
             return RouterCounts.zero(layers)
-        sizes = [layers, layers, 3 * layers, 3, 3 * layers]
+        sizes = [layers, layers, 6 * layers, 3, 6 * layers]
         disagree, followed, pairs, scalars, overlap, windows = np.split(flat, np.cumsum(sizes))
         replayed = int(followed.min()) if layers else 0
         return RouterCounts(
             disagree=disagree.astype(np.int64),
-            overlap=overlap.reshape(layers, 3),
-            overlap_pairs=pairs.astype(np.int64).reshape(layers, 3),
+            overlap=overlap.reshape(layers, 3, 2),
+            overlap_pairs=pairs.astype(np.int64).reshape(layers, 3, 2),
             windows=windows.reshape(-1, 2),
             compared=int(scalars[1]),
             disagree_any=int(scalars[0]),

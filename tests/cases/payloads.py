@@ -100,15 +100,18 @@ def alarms(records: list[Ids], own: list[Ids], model: ModelSpec = MODEL) -> set[
             here = slice(max(0, -lag), len(record) - max(0, lag))
             there = slice(max(0, lag), len(record) + min(0, lag))
             hits = (record[there][..., None] == chosen[here][:, :, None, :]).any(-1).mean(-1)
-            counts.overlap[:, index] += hits.sum(0)
-            counts.overlap_pairs[:, index] += len(hits)
+            # The first half of every sample is its prompt.
+            sampled = np.arange(here.start, here.stop) >= len(record) // 2
+            for part, of in enumerate((~sampled, sampled)):
+                counts.overlap[:, index, part] += hits[of].sum(0)
+                counts.overlap_pairs[:, index, part] += of.sum()
             if lag == 0:
                 rows = first + np.arange(len(hits))
                 for number, (begin, end) in enumerate(windows):
                     inside = hits[(rows >= begin) & (rows < end)]
                     counts.windows[number] += inside.sum(), inside.size
         first += len(record)
-    found = find_alarms(overlap_metrics(counts, model.moe_layers, windows), min_overlap=0.6)
+    found = find_alarms(overlap_metrics(counts, model.moe_layers, windows), min_overlap=0.7)
     return {alarm.rule for alarm in found}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3 import audit
@@ -18,6 +18,7 @@ LAYERS = (1, 2, 3, 5, 6)
 ROWS = 1000
 
 
+@settings(deadline=None)
 @given(rows=st.integers(0, 10**7), turn=st.integers(0, 10**6))
 def test_windows_are_whole_bounded_and_inside_the_step(rows: int, turn: int) -> None:
     windows = choose_windows(rows, turn)
@@ -45,18 +46,26 @@ def test_a_small_step_is_audited_whole_and_a_large_one_in_turns() -> None:
     assert seen.all(), "consecutive steps look at other windows"
 
 
-def counts(lags: np.ndarray, windows: np.ndarray | None = None, rows: int = ROWS) -> RouterCounts:
-    """The sums of a pass with these mean overlaps `[layers, 3]`, and `[n]` means of windows."""
+def counts(lags: np.ndarray, windows: np.ndarray | None = None, rows: int = ROWS, sampled: float = 0) -> RouterCounts:
+    """The sums of a pass with these mean overlaps `[layers, 3]`, and `[n]` means of windows.
+
+    `sampled`: what is taken from the overlap of the half of the rows whose token was sampled, and given to the others.
+    """
     made = RouterCounts.zero(len(lags))
-    made.overlap[:], made.overlap_pairs[:] = lags * rows, rows
+    apart = np.stack([lags + sampled, lags - sampled], 2)
+    made.overlap[:], made.overlap_pairs[:] = apart * (rows / 2), rows // 2
     means = lags[:, 1].mean(keepdims=True) if windows is None else windows
     made.windows[: len(means)] = np.stack([means * 256, np.full(len(means), 256)], 1)
     return made
 
 
-def report(lags: np.ndarray, windows: np.ndarray | None = None, rows: int = ROWS) -> dict[str, float]:
+def report(
+    lags: np.ndarray, windows: np.ndarray | None = None, rows: int = ROWS, sampled: float = 0
+) -> dict[str, float]:
     where = np.stack([np.arange(AUDIT_WINDOWS), np.arange(1, AUDIT_WINDOWS + 1)], 1) * 256
-    return overlap_metrics(counts(lags, windows, rows), LAYERS, where[: 1 if windows is None else len(windows)])
+    return overlap_metrics(
+        counts(lags, windows, rows, sampled), LAYERS, where[: 1 if windows is None else len(windows)]
+    )
 
 
 def healthy() -> np.ndarray:
@@ -74,6 +83,19 @@ def test_the_numbers_are_means_over_the_audited_rows() -> None:
     assert found["router/overlap_window_min"] == pytest.approx(0.95)
     assert found["router/overlap_window_row"] == 256
     assert found["router/audited_rows"] == ROWS
+
+
+def test_rows_of_sampled_tokens_are_not_hidden_by_a_shared_prompt() -> None:
+    lags = healthy()
+    lags[:, 1] = 0.75
+    found = report(lags, sampled=0.25)
+    assert found["router/lag0_overlap"] == pytest.approx(0.75)
+    assert found["router/overlap_prompt"] == pytest.approx(1)
+    assert found["router/overlap_sampled"] == found["router/overlap_layer/3"] == pytest.approx(0.5)
+    assert [alarm.rule for alarm in find_alarms(found, 0.7)] == ["overlap"]
+    few = report(lags, rows=2 * audit.MIN_ROWS - 2, sampled=0.25)
+    assert not {"router/overlap_prompt", "router/overlap_sampled"} & few.keys()
+    assert few["router/overlap_layer/3"] == pytest.approx(0.75)
 
 
 def test_a_pass_without_a_record_has_no_numbers() -> None:
@@ -139,7 +161,7 @@ def test_a_router_that_sends_every_token_the_same_way_is_no_alarm() -> None:
 def test_a_handful_of_rows_proves_nothing() -> None:
     lags = healthy()
     unrelated(lags)
-    assert find_alarms(report(lags, rows=audit.MIN_ROWS - 1), 0.6) == ()
+    assert find_alarms(report(lags, rows=audit.MIN_ROWS - 2), 0.6) == ()
     assert find_alarms(report(lags, rows=audit.MIN_ROWS), 0.6)
 
 

@@ -78,7 +78,7 @@ def test_gain_is_absent_without_a_divisor():
 
 def _counts(**change):
     base = dict(
-        disagree=np.array([1, 3]), overlap=np.ones((2, 3)), overlap_pairs=np.full((2, 3), 10),
+        disagree=np.array([1, 3]), overlap=np.ones((2, 3, 2)), overlap_pairs=np.full((2, 3, 2), 10),
         windows=np.zeros((metrics.AUDIT_WINDOWS, 2)), compared=10, disagree_any=4,
         mismatched_ids=0, required=8, replayed=6, native=2, missing=2, pads=4,
     )  # fmt: skip
