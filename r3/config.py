@@ -27,6 +27,7 @@ def _entry_point(value: object) -> object:
     return value
 
 
+OnDefect = Literal["fail", "drop_sample", "native_sample"]
 EntryPoint = Annotated[str, BeforeValidator(_entry_point)]
 
 
@@ -194,8 +195,14 @@ class RoutingConfig(Section):
 
     capture: bool = True
     """Record the experts of every training rollout."""
-    on_error: Literal["fail", "drop_sample"] = "fail"
-    """A sample whose record is missing or malformed: stop the run, or leave the sample out and count it."""
+    on_error: OnDefect = "fail"
+    """A malformed record: stop the run, leave the sample out, or train the sample on the trainer's own routing."""
+    on_missing: OnDefect = "fail"
+    """A sample that came back without any record: as on_error."""
+    on_alarm: Literal["fail", "warn"] = "fail"
+    """A step whose record does not fit the trainer's own choice: stop before it is trained on, or log the alarms."""
+    min_overlap: float = Field(0.7, ge=0, lt=1)
+    """Overlap with the trainer's own top-k below which a record or layer raises an alarm; 0: relative rules alone."""
     provenance: Literal["auto", "require", "off"] = "auto"
     """Stamp each row with the forward pass that wrote it: where the SGLang plugin runs, always, or never."""
     on_stale: Literal["fail", "drop_sample", "native_rows"] = "fail"
@@ -204,6 +211,11 @@ class RoutingConfig(Section):
     """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""
     save_every: int = Field(0, ge=0)
     """Save the records of every N-th step to `RUN/routing/step-XXXXXXXX.r3`, for `python -m r3.inspect`; 0 = never."""
+
+    @property
+    def trains_natively(self) -> bool:
+        """Whether a sample without a record may be trained on."""
+        return "native_sample" in (self.on_error, self.on_missing)
 
 
 class ReplayConfig(Section):
@@ -336,6 +348,8 @@ class MetricsConfig(Section):
     """Run the pass without replay on the same batch every N steps (`mismatch_native/*`); 0 switches it off."""
     canary: bool = True
     """Prove engine and trainer on a few prompts before the first step."""
+    canary_prompts: int = Field(8, ge=8)
+    """Different prompts that the canary answers."""
     canary_abs_mean: float = Field(0.5, gt=0)
     """Largest mean |log-prob difference| under replay that the canary accepts, in nats."""
     max_k3: float = Field(1.0, gt=0)

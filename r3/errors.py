@@ -21,6 +21,10 @@ class RoutingError(R3Error):
     exit_code = 3
 
 
+class MissingRoutingError(RoutingError):
+    """No routing record came back at all; `routing.on_missing` decides what becomes of the sample."""
+
+
 class EngineError(R3Error):
     """The inference engine, a Ray actor or the cluster failed or refused to work."""
 

@@ -22,9 +22,10 @@ import numpy as np
 
 from r3 import metrics
 from r3.advantage import advantages
+from r3.canary import alarms_logged, prove, warn_of
 from r3.checkpoint import Checkpoint, CheckpointStore, RunState
 from r3.config import Config
-from r3.errors import CheckpointError, DivergenceError, EngineError
+from r3.errors import CheckpointError, DivergenceError
 from r3.rollout.pool import Rollout, RolloutPool
 from r3.run import RunDirectory
 from r3.tasks import Task
@@ -52,13 +53,13 @@ def train(
 ) -> None:
     """Run the method of the module docstring up to step `run.steps`, from the start or from a checkpoint.
 
-    Raises `RoutingError` for a record that cannot be trusted, `EngineError` for a dead engine or rank and
-    `DivergenceError` when the mismatch or the gradient leaves its limits.
+    Raises `RoutingError` for a record that cannot be trusted (`AuditError` where the audit found it), `EngineError` for
+    a dead engine or rank and `DivergenceError` when the mismatch or the gradient leaves its limits.
     """
     pool, trainers = actors.pool, actors.trainers
     store = CheckpointStore(run.path, config.run.keep_checkpoints)
     done, skipped = restore(checkpoint, actors) if checkpoint else (0, 0)
-    prove(config, task, actors, run)
+    prove(config, task, pool, trainers, run)
     heldout = [task.heldout_prompt(i) for i in range(config.task.eval_prompts)]
     for step in range(done + 1, config.run.steps + 1):
         clock = Clock()
@@ -70,7 +71,9 @@ def train(
             rollout = pool.generate(training_prompts(config, task, step), step)
         credit = advantages(rollout.rewards, rollout.groups, config.grpo.advantage)
         saving = Saving.start(run.routing(step), rollout.batches) if saves_records(config, step) else None
-        result = trainers.step(step, credit, measures_native(config, step), rollout.batches)
+        with alarms_logged(run, step):
+            result = trainers.step(step, credit, measures_native(config, step), rollout.batches)
+        warn_of(result.alarms, run, step)
         if saving is not None:
             saving.wait()
         with clock("weights_s"):
@@ -94,43 +97,6 @@ def train(
         final = {"eval/reward_mean": float(np.mean(pool.evaluate(heldout)))}
         run.log_event("final_evaluation", prompts=len(heldout), **final)
     trainers.save_hf(run.hf)
-
-
-def prove(config: Config, task: Task, actors: Actors, run: RunDirectory) -> None:
-    """Compare the two models and, as a canary, replay a few generations before anything is trained.
-
-    Raises `EngineError` when the engine does not capture, when rows were not replayed, or when the record fits better
-    shifted by one row than as it stands; `RoutingError` when cached rows differ from freshly computed ones or a layer
-    did not consult replay.
-    """
-    spec = actors.pool.spec()
-    spec.model.require_same(actors.trainers.spec(), "engine", "trainer")
-    if config.routing.capture and not spec.capture:
-        raise EngineError(f"{spec.engine} runs without routing capture; start it with enable_return_routed_experts")
-    if not (config.metrics.canary and config.routing.capture):
-        return
-    prompts = [task.heldout_prompt(i) for i in range(8)]
-    found = actors.trainers.audit([actors.pool.canary(prompts)])
-    run.log_event("canary", **found)
-    check_canary(config, found)
-
-
-def check_canary(config: Config, found: Mapping[str, float]) -> None:
-    """Raise `EngineError` that names the first thing that the canary found wrong."""
-    limit = config.metrics.canary_abs_mean
-    faults = {
-        f"router/coverage is {found['router/coverage']:g}, so some rows were not replayed": found["router/coverage"]
-        != 1,
-        f"{found['router/mismatched_ids']:g} recorded ids were not used by the router": found["router/mismatched_ids"]
-        != 0,
-        f"the record fits better shifted by one row (lag margin {found['router/lag_margin']:.3f}), "
-        f"overlap at lag 0 is {found['router/lag0_overlap']:.3f}": found["router/lag_margin"] <= 0,
-        f"mean |log-prob difference| under replay is {found['mismatch/abs_mean']:.3f} nats, "
-        f"limit {limit:g} (metrics.canary_abs_mean)": not found["mismatch/abs_mean"] <= limit,
-    }
-    for fault, is_found in faults.items():
-        if is_found:
-            raise EngineError(f"the start-up canary failed: {fault}; engine and trainer do not run the same model")
 
 
 def restore(checkpoint: Checkpoint, actors: Actors) -> tuple[int, int]:
@@ -187,9 +153,11 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/tokens_per_s": float(responses.sum() / rollout.seconds),
         "router/dropped_samples": float(rollout.dropped),
         "router/stale_rows": float(rollout.stale_rows),
+        "router/native_samples": float(len(rollout.native_samples)),
         "transport/routing_bytes": float(rollout.routing_bytes),
         "transport/bytes_per_token": rollout.routing_bytes / max(rollout.routing_rows, 1),
         "transport/put_s": rollout.pack_seconds,
+        "time/checks_s": rollout.check_seconds,
     }
 
 
@@ -221,7 +189,7 @@ class Clock:
     def metrics(self, result: StepResult) -> dict[str, float]:
         """Return `time/*`; `idle_frac` is the share of the step (evaluation aside) in which the trainer waited."""
         step_s = time.perf_counter() - self._start - self._phases.pop("eval_s", 0.0)
-        busy = sum(result.metrics.get(f"time/{part}", 0.0) for part in ("train_s", "counterfactual_s", "checks_s"))
+        busy = sum(result.metrics.get(f"time/{part}", 0.0) for part in ("train_s", "counterfactual_s", "install_s"))
         return {
             **metrics.prefixed("time", self._phases),
             "time/step_s": step_s,

@@ -16,6 +16,8 @@ Floats = NDArray[np.float64]
 EXTREME_RATIOS = (1.2, 1.5, 2.0, 5.0)
 # exp() of a log-ratio beyond 20 only overflows; verl clamps at the same value.
 _MAX_LOG_RATIO = 20.0
+# Windows of rows that the audit of one pass looks at, at most (`r3.audit`).
+AUDIT_WINDOWS = 32
 
 
 def mismatch(train: ArrayLike, rollout: ArrayLike, lengths: ArrayLike) -> dict[str, float]:
@@ -100,15 +102,18 @@ class RouterCounts:
 
     A row is one token position of one trajectory. `disagree` int64 `[layers]`: rows whose own top-k *set* differs from
     the recorded one; `compared`: rows that were compared (the same in every layer); `disagree_any`: rows that differ in
-    any layer. `overlap` float64 `[3]`: sum over (row, layer) of |own & recorded| / k with the record shifted by -1, 0,
-    +1 positions, `overlap_pairs` int64 `[3]` their number. `mismatched_ids`: recorded ids that replay left out.
-    `required`: rows that a trained token's log-prob depends on and that the engine captured; `replayed`: those of them
-    that were forced; `native`: rows on the model's own routing; `missing`: required rows without a record; `pads`.
+    any layer. `overlap` float64 `[layers, 3, 2]`: sum over audited rows of |own & recorded| / k with the record shifted
+    by -1, 0, +1 positions, rows of prompt and of sampled tokens apart; `overlap_pairs` int64: their number; `windows`
+    float64 `[AUDIT_WINDOWS, 2]`: the same sum at lag 0 over the rows of a window and all layers, and its (row, layer)
+    pairs. `mismatched_ids`: recorded ids that replay left out. `required`: rows that a trained token's log-prob depends
+    on and that the engine captured; `replayed`: those of them that were forced; `native`: rows on the model's own
+    routing; `missing`: required rows without a record; `pads`.
     """
 
     disagree: NDArray[np.int64]
     overlap: Floats
     overlap_pairs: NDArray[np.int64]
+    windows: Floats
     compared: int = 0
     disagree_any: int = 0
     mismatched_ids: int = 0
@@ -121,7 +126,13 @@ class RouterCounts:
     @classmethod
     def zero(cls, layers: int) -> RouterCounts:
         """Return the sums over no row at all, for a model with that many MoE layers."""
-        return cls(np.zeros(layers, np.int64), np.zeros(3, np.float64), np.zeros(3, np.int64))
+        lags = (layers, 3, 2)
+        return cls(
+            np.zeros(layers, np.int64),
+            np.zeros(lags, np.float64),
+            np.zeros(lags, np.int64),
+            np.zeros((AUDIT_WINDOWS, 2), np.float64),
+        )
 
     def __add__(self, other: RouterCounts) -> RouterCounts:
         return RouterCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -143,14 +154,6 @@ def disagreement(counts: RouterCounts, kind: str, layers: Sequence[int]) -> dict
     for layer, differing in zip(layers, counts.disagree, strict=True):
         values[f"router/{kind}_disagree_layer/{layer}"] = float(differing / counts.compared)
     return values
-
-
-def lag_overlap(counts: RouterCounts) -> dict[str, float]:
-    """Return `router/lag0_overlap` and `router/lag_margin`: a record shifted by one row shows as a negative margin."""
-    if not counts.overlap_pairs.all():
-        return {}
-    before, here, after = (float(value) for value in counts.overlap / counts.overlap_pairs)
-    return {"router/lag0_overlap": here, "router/lag_margin": here - max(before, after)}
 
 
 def replay_health(counts: RouterCounts) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from r3.audit import Alarm
 from r3.errors import ConfigError, RoutingError
 from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
 
@@ -303,11 +304,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights."""
+    """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights.
+
+    `alarms`: what the audit found, where `routing.on_alarm` only warns.
+    """
 
     step: int
     weight_version: WeightVersion
     metrics: Mapping[str, float]
+    alarms: tuple[Alarm, ...] = ()
 
 
 class TensorSlot(NamedTuple):

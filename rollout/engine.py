@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r3.config import Config
-from r3.errors import ConfigError, EngineError, RoutingError
+from r3.errors import ConfigError, EngineError, MissingRoutingError, RoutingError
 from r3.rollout.provenance import StaleRows
 from r3.rollout.wire.common import Wire
 from r3.routing import Provenance, RoutingTrace, TokenIds
@@ -31,7 +31,8 @@ class Recorded:
 
     `layers`: global index of each recorded layer; `ids`: logical experts, or physical slots after a remap (EPLB);
     `wire_dtype`: numpy dtype name of the ids on the wire; `honours_start`: `Request.routing_start` shortens the answer;
-    `cached_rows`: the rows of a prompt that came from the prefix cache are in the record.
+    `cached_rows`: the rows of a prompt that came from the prefix cache are in the record; `provenance`: whether rows
+    are stamped with the forward passes that wrote them.
     """
 
     layers: tuple[int, ...]
@@ -41,6 +42,7 @@ class Recorded:
     wire_dtype: str | None = None
     honours_start: bool | None = None
     cached_rows: bool | None = None
+    provenance: Provenance = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One answer. `tokens`: int32 `[S]`, prompt and response through the stop token; `logprobs`: float32
-    `[S - prompt_len]`, nats.
+    `[S - prompt_len]`, nats. `decode_s`: seconds in which the adapter decoded and checked the record.
 
     `routing`: the record of the input tokens from `Request.routing_start` to S-2, None where it was not asked for.
     `defect`: why the record that came back cannot be used; whether that stops the run is the caller's choice
@@ -113,6 +115,7 @@ class Generation:
     defect: RoutingError | None = None
     wire: Wire | None = None
     stale: tuple[StaleRows, ...] = ()
+    decode_s: float = 0.0
 
 
 class Engine(Protocol):
@@ -126,8 +129,11 @@ class Engine(Protocol):
         """Describe the engine that is running."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
-        """Answer every request, in order; record routing only when `capture` is set. Raises `EngineError`."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> Iterable[Generation]:
+        """Answer every request, in order; record routing only when `capture` is set. Raises `EngineError`.
+
+        An iterator that hands out each answer once it is there lets the worker check it while the engine goes on.
+        """
         ...
 
     def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
@@ -221,7 +227,8 @@ def check_generation(request: Request, found: Generation, spec: EngineSpec, *, c
     """Check what any engine returned for one request.
 
     Raises `EngineError` where tokens or log-probs break the contract; returns the `RoutingError` of a record that is
-    missing or does not fit, None when all is well. An aborted answer without tokens legally has no record.
+    missing (`MissingRoutingError`) or does not fit, None when all is well. An aborted answer without tokens legally has
+    no record.
     """
     prompt_len, total = len(request.tokens), len(found.tokens)
     if found.prompt_len != prompt_len or not np.array_equal(found.tokens[:prompt_len], request.tokens):
@@ -238,7 +245,7 @@ def check_generation(request: Request, found: Generation, spec: EngineSpec, *, c
         return (
             None
             if found.finish == "abort" and total == prompt_len
-            else RoutingError("no routing came back although it was asked for; switch capture on at the engine")
+            else MissingRoutingError("no routing came back although it was asked for; switch capture on at the engine")
         )
     return _misfit(found.routing, request.routing_start, total, spec.model)
 

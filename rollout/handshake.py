@@ -112,4 +112,5 @@ def probe(generate: Generate, model: ModelSpec, engine: str) -> Recorded:
         wire_dtype=first.wire.dtype if first.wire else None,
         honours_start=None if third.wire is None else third.wire.begin > 0,
         cached_rows=True if second.cached_tokens else None,
+        provenance=cold.provenance,
     )

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r3.config import Config
 from r3.errors import EngineError, R3Error
 from r3.rollout.engine import EngineSpec
-from r3.rollout.reports import CanaryReport, Dropped, EvalReport, RolloutReport
+from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
 from r3.rollout.worker import RolloutWorker
 from r3.transport import BatchRef, BlockRef, split
 from r3.types import Prompt, SampleFacts, layer_blocks
@@ -39,13 +39,16 @@ _CLOSE_TIMEOUT_S = 30.0
 class Rollout:
     """One step's samples. `facts` follow the order of the concatenated `batches`, handles of `r3.types.Batch`.
 
-    `seconds`: the slowest worker's generation; `score_seconds`, `pack_seconds` likewise. Token counts are sums.
+    `seconds`: the slowest worker's generation; `check_seconds`, `score_seconds`, `pack_seconds` likewise. Token counts
+    are sums.
     """
 
     batches: tuple[BatchRef, ...]
     facts: tuple[SampleFacts, ...]
     dropped_samples: tuple[Dropped, ...]
+    native_samples: tuple[Native, ...]
     seconds: float
+    check_seconds: float
     score_seconds: float
     pack_seconds: float
     prompt_tokens: int
@@ -178,8 +181,10 @@ class RolloutPool:
         ]
         reports = [report for report, _ in outcomes]
         dropped = tuple(sample for report in reports for sample in report.dropped)
-        if dropped:
-            self._on_event("samples_dropped", step=step, count=len(dropped), first=dropped[0].reason)
+        native = tuple(sample for report in reports for sample in report.native)
+        for kind, samples in (("samples_dropped", dropped), ("samples_native", native)):
+            if samples:
+                self._on_event(kind, step=step, count=len(samples), first=samples[0].reason)
         stale = sum(report.stale_rows for report in reports)
         if stale:
             first = next(report.first_stale for report in reports if report.first_stale)
@@ -190,7 +195,9 @@ class RolloutPool:
             batches=tuple(batch for report, batch in outcomes if report.facts),
             facts=tuple(fact for report in reports for fact in report.facts),
             dropped_samples=dropped,
+            native_samples=native,
             seconds=max(report.seconds for report in reports),
+            check_seconds=max(report.check_seconds for report in reports),
             score_seconds=max(report.score_seconds for report in reports),
             pack_seconds=max(report.pack_seconds for report in reports),
             prompt_tokens=sum(report.prompt_tokens for report in reports),

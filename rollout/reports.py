@@ -17,18 +17,30 @@ class Dropped(NamedTuple):
     reason: str
 
 
+class Native(NamedTuple):
+    """A sample that is trained without a record, on the trainer's own routing, and why."""
+
+    group: int
+    member: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutReport:
     """What one worker did in one `generate` call.
 
-    `facts`: one per trajectory, in packing order. `seconds`: generation alone; `score_seconds`: rewards;
-    `pack_seconds`: packing and the checks over the whole batch. Token counts include dropped ones.
+    `facts`: one per trajectory, in packing order. `seconds`: from the call until the engine's last answer;
+    `check_seconds`: decoding and structural checks, which run behind each answer: inside `seconds` where the adapter
+    hands answers out as they finish, else behind generation; `score_seconds`: rewards; `pack_seconds`: packing. Token
+    counts include dropped ones.
     `stale_rows`: of all samples, whatever `routing.on_stale` made of them; `first_stale` describes a sample's.
     """
 
     facts: tuple[SampleFacts, ...]
     dropped: tuple[Dropped, ...]
+    native: tuple[Native, ...]
     seconds: float
+    check_seconds: float
     score_seconds: float
     pack_seconds: float
     prompt_tokens: int
@@ -51,10 +63,10 @@ class EvalReport:
 
 @dataclass(frozen=True, slots=True)
 class CanaryReport:
-    """How far a greedy generation from an empty cache and its repetition from the prefix cache agree.
+    """How far greedy generations from an empty cache, from a warm one and from a mix of both agree.
 
     `equal_tokens`: share of prompts with the same answer; `equal_rows`: share of (prompt row, layer) pairs with the
-    same expert set; `cached_tokens`: prompt tokens that the second round took from the cache.
+    same expert set; `cached_tokens`: prompt tokens that the later rounds took from the cache.
     """
 
     prompts: int
@@ -68,7 +80,7 @@ class CanaryReport:
         Kernels need not be batch-invariant, so bf16 flips a few percent of the pairs at near-ties; rows of another
         request agree in about a fifth (SGLang issue #26975 describes such rows).
         """
-        if self.equal_rows < minimum:
+        if not self.equal_rows >= minimum:
             raise RoutingError(
                 f"start-up canary: only {self.equal_rows:.1%} of the prompt's routing rows are the same from an empty "
                 f"and a warm prefix cache ({self.cached_tokens} cached tokens); the engine returns rows of other tokens"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from r3.config import Config
+from r3.config import Config, RoutingConfig
 from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation, open_engine, stop_token_ids
-from r3.rollout.provenance import count, describe, settle
-from r3.rollout.reports import CanaryReport, Dropped, EvalReport, RolloutReport
+from r3.rollout.policies import fate
+from r3.rollout.provenance import OnStale, count, describe, settle
+from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
 from r3.routing import check_constant_layers
 from r3.tasks import encode, open_task
 from r3.types import Batch, Prompt, Trajectory, WeightBuckets
@@ -28,6 +29,20 @@ class _Sample:
     group: int
     member: int
     request: Request
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt.index}, group {self.group}, member {self.member}"
+
+
+@dataclass(slots=True)
+class _Sorted:
+    """The answers of one call by what becomes of them, in order; `found` are all of them."""
+
+    found: list[Generation] = field(default_factory=list)
+    kept: list[tuple[_Sample, Generation]] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    native: list[Native] = field(default_factory=list)
+    check_seconds: float = 0.0
 
 
 def prepare_environment(config: Config) -> None:
@@ -66,39 +81,49 @@ class RolloutWorker:
 
         The engine's random numbers are a function of `run.seed`, `step` and `first_group`, not of what came before.
         The batch holds the samples group by group, in order of their member number. Raises `RoutingError` for a bad
-        record unless `routing.on_error` drops the sample, and for a layer that was not captured.
+        record where `routing.on_error` or `routing.on_missing` say so, and for a layer that was not captured.
         """
-        capture = self._config.routing.capture
+        return self._generate(prompts, first_group, group_size, step, self._config.routing)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], first_group: int, group_size: int, step: int, routing: RoutingConfig
+    ) -> tuple[RolloutReport, Batch]:
         samples = self._samples(prompts, first_group, group_size)
         begin = time.perf_counter()
         sampling = self._training_sampling(_seed(self._config.run.seed, step, first_group))
-        found = self._engine.generate([s.request for s in samples], sampling, capture=capture)
+        answers = self._engine.generate([s.request for s in samples], sampling, capture=routing.capture)
+        made = self._sort(samples, answers, routing)
         generated = time.perf_counter()
-        kept, dropped = self._sort(samples, found, capture)
-        rewards = [self._score(sample.prompt, answer) for sample, answer in kept]
+        rewards = [self._score(sample.prompt, answer) for sample, answer in made.kept]
         scored = time.perf_counter()
-        batch = self._pack(kept, rewards)
+        batch = self._pack(made.kept, rewards)
+        packed = time.perf_counter()
+        for block in batch.blocks:
+            check_constant_layers(block.experts, block.layers)
+        checked = made.check_seconds + time.perf_counter() - packed
         return RolloutReport(
             facts=batch.facts(),
-            dropped=tuple(dropped),
+            dropped=tuple(made.dropped),
+            native=tuple(made.native),
             seconds=generated - begin,
+            check_seconds=checked,
             score_seconds=scored - generated,
-            pack_seconds=time.perf_counter() - scored,
-            prompt_tokens=sum(answer.prompt_len for answer in found),
-            response_tokens=sum(len(answer.logprobs) for answer in found),
-            cached_tokens=sum(answer.cached_tokens for answer in found),
+            pack_seconds=packed - scored,
+            prompt_tokens=sum(answer.prompt_len for answer in made.found),
+            response_tokens=sum(len(answer.logprobs) for answer in made.found),
+            cached_tokens=sum(answer.cached_tokens for answer in made.found),
             routing_bytes=batch.routing_bytes,
             routing_rows=int(batch.row_offsets[-1]),
-            stale_rows=sum(count(answer.stale) for answer in found),
-            first_stale=next((describe(answer.stale) for answer in found if answer.stale), ""),
-            weight_version=found[0].weight_version if found else 0,
+            stale_rows=sum(count(answer.stale) for answer in made.found),
+            first_stale=next((describe(answer.stale) for answer in made.found if answer.stale), ""),
+            weight_version=made.found[0].weight_version if made.found else 0,
         ), batch
 
     def evaluate(self, prompts: Sequence[Prompt]) -> EvalReport:
         """Answer every prompt greedily, without routing, and return the rewards in order."""
         begin = time.perf_counter()
         requests = [self._request(prompt) for prompt in prompts]
-        found = self._engine.generate(requests, self._greedy_sampling(), capture=False)
+        found = list(self._engine.generate(requests, self._greedy_sampling(), capture=False))
         for request, answer in zip(requests, found, strict=True):
             check_generation(request, answer, self._spec, capture=False)
         rewards = tuple(self._score(prompt, answer) for prompt, answer in zip(prompts, found, strict=True))
@@ -107,16 +132,24 @@ class RolloutWorker:
     def canary(self, prompts: Sequence[Prompt]) -> tuple[CanaryReport, Batch]:
         """Prove the capture on a few prompts, and return a batch for the trainer to audit.
 
-        Greedy answers from an empty prefix cache and again from the warm one must carry the same prompt rows. The batch
-        holds *sampled* answers, because greedy ones have log-probs at temperature 1, whatever the run's temperature.
+        Greedy answers to one prompt are made from an empty prefix cache, from a warm one, and in batches that mix both;
+        they must carry the same prompt rows. The batch holds *sampled* answers, because greedy ones have log-probs at
+        temperature 1, whatever the run's temperature. A missing or malformed record fails here under every policy.
         Raises `RoutingError`.
         """
-        requests = [self._request(prompt) for prompt in prompts]
+        requests, half = [self._request(prompt) for prompt in prompts], len(prompts) // 2
+        greedy = self._greedy_sampling()
         self._engine.flush_cache()
-        cold, warm = (self._captured(requests, self._greedy_sampling()) for _ in range(2))
-        report = compare(cold, warm)
+        first = self._captured(requests[:half], greedy)
+        mixed = self._captured(requests, greedy)
+        warm = self._captured(requests, greedy)
+        report = compare(first + mixed[half:], mixed[:half] + warm[half:])
         report.require()
-        _, batch = self.generate(prompts, 0, 1)
+        strict = self._config.routing.model_copy(update={"on_error": "fail", "on_missing": "fail", "on_stale": "fail"})
+        try:
+            _, batch = self._generate(prompts, 0, 1, 0, strict)
+        except RoutingError as error:
+            raise type(error)(f"start-up canary: {error}") from error
         return report, batch
 
     def load_weights(self, weights: WeightBuckets) -> float:
@@ -150,43 +183,39 @@ class RolloutWorker:
             raise EngineError(f"prompt {prompt.index} has no tokens; an engine needs at least one")
         return Request(np.array(tokens, dtype=np.int32))
 
-    def _sort(
-        self, samples: Sequence[_Sample], found: Sequence[Generation], capture: bool
-    ) -> tuple[list[tuple[_Sample, Generation]], list[Dropped]]:
-        """Part usable answers from those that are dropped: aborted ones, and bad records where the config says so."""
-        kept: list[tuple[_Sample, Generation]] = []
-        dropped: list[Dropped] = []
-        for sample, answer in zip(samples, found, strict=True):
-            defect = check_generation(sample.request, answer, self._spec, capture=capture)
-            where = f"prompt {sample.prompt.index}, group {sample.group}, member {sample.member}"
-            if defect is not None and self._config.routing.on_error == "fail":
-                raise RoutingError(f"{where}: {defect} (routing.on_error: drop_sample would leave the sample out)")
-            if defect is not None:
-                dropped.append(Dropped(sample.group, sample.member, str(defect)))
-            elif answer.finish == "abort":
-                dropped.append(Dropped(sample.group, sample.member, "aborted by the engine"))
-            elif (settled := self._settle_stale(answer, where)) is None:
-                dropped.append(Dropped(sample.group, sample.member, f"stale rows: {describe(answer.stale)}"))
+    def _sort(self, samples: Sequence[_Sample], answers: Iterable[Generation], routing: RoutingConfig) -> _Sorted:
+        """Check every answer as it comes, and part those that are used from those that are not."""
+        made = _Sorted()
+        for sample, answer in zip(samples, answers, strict=True):
+            begin = time.perf_counter()
+            defect = check_generation(sample.request, answer, self._spec, capture=routing.capture)
+            made.check_seconds += time.perf_counter() - begin + answer.decode_s
+            made.found.append(answer)
+            try:
+                what, why = fate(answer, defect, routing)
+            except RoutingError as error:
+                raise type(error)(f"{sample}: {error}") from error
+            if what == "drop":
+                made.dropped.append(Dropped(sample.group, sample.member, why))
+                continue
+            if what == "native":
+                made.native.append(Native(sample.group, sample.member, why))
+                answer = replace(answer, routing=None)
+            settled = _settle_stale(answer, str(sample), routing.on_stale)
+            if settled is None:
+                made.dropped.append(Dropped(sample.group, sample.member, f"stale rows: {describe(answer.stale)}"))
             else:
-                kept.append((sample, settled))
-        return kept, dropped
-
-    def _settle_stale(self, answer: Generation, where: str) -> Generation | None:
-        """Apply `routing.on_stale`; None for an answer that is to be dropped."""
-        if answer.routing is None or not answer.stale:
-            return answer
-        try:
-            routing = settle(answer.routing, answer.stale, answer.tokens, self._config.routing.on_stale)
-        except RoutingError as error:
-            raise RoutingError(f"{where}: {error}") from error
-        return None if routing is None else replace(answer, routing=routing)
+                made.kept.append((sample, settled))
+        return made
 
     def _captured(self, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
-        found = self._engine.generate(requests, sampling, capture=True)
+        found = list(self._engine.generate(requests, sampling, capture=True))
         for request, answer in zip(requests, found, strict=True):
             defect = check_generation(request, answer, self._spec, capture=True)
-            if defect is not None or answer.routing is None:
-                raise RoutingError(f"start-up canary: {defect or 'an answer was aborted by the engine'}")
+            if defect is not None:
+                raise type(defect)(f"start-up canary: {defect}")
+            if answer.routing is None:
+                raise RoutingError("start-up canary: an answer was aborted by the engine")
         return found
 
     def _score(self, prompt: Prompt, answer: Generation) -> float:
@@ -194,7 +223,7 @@ class RolloutWorker:
         return self._task.score(prompt, text)
 
     def _pack(self, kept: Sequence[tuple[_Sample, Generation]], rewards: Sequence[float]) -> Batch:
-        batch = Batch.pack(
+        return Batch.pack(
             [
                 Trajectory(
                     group=sample.group,
@@ -212,9 +241,17 @@ class RolloutWorker:
             ],
             self._config.routing.block_layers,
         )
-        for block in batch.blocks:
-            check_constant_layers(block.experts, block.layers)
-        return batch
+
+
+def _settle_stale(answer: Generation, where: str, policy: OnStale) -> Generation | None:
+    """Apply `routing.on_stale`; None for an answer that is to be dropped."""
+    if answer.routing is None or not answer.stale:
+        return answer
+    try:
+        routing = settle(answer.routing, answer.stale, answer.tokens, policy)
+    except RoutingError as error:
+        raise RoutingError(f"{where}: {error}") from error
+    return None if routing is None else replace(answer, routing=routing)
 
 
 def compare(cold: Sequence[Generation], warm: Sequence[Generation]) -> CanaryReport:

@@ -23,8 +23,9 @@ class FakeEngine:
 
     Faults, in `rollout.engine_args`: `die_in` (a method name) with `die_once` (a file that is made by the first death,
     so that only one worker dies once) or with `die_index` (that worker dies every time); `hang_in`; `refuse_start`;
-    `bad_every` (every n-th record is malformed); `abort_every`; `constant_layer`; `stale_cache`; `capture_off`
-    (the engine runs without capture, whatever the config says).
+    `bad_every` (every n-th record is malformed); `missing_every` (no record came back); `abort_every`;
+    `constant_layer`; `stale_cache`; `stale_mix` (only in batches that mix
+    cached and new prompts); `capture_off` (the engine runs without capture, whatever the config says).
     """
 
     def __init__(self, config: Config, model_dir: str | Path, index: int) -> None:
@@ -70,6 +71,8 @@ class FakeEngine:
             weight_version=self._version,
             cached_tokens=len(request.tokens) - 1 if self._calls > 1 else 0,
         )
+        if capture and self._is_every("missing_every", number):
+            return replace(answer, routing=None)
         if capture and self._is_every("bad_every", number):
             return replace(answer, routing=None, defect=RoutingError(f"request {number}: made-up defect"))
         if self._is_every("abort_every", number):
@@ -79,6 +82,7 @@ class FakeEngine:
     def _record(self, tokens: np.ndarray[Any, Any]) -> RoutingTrace:
         model = self._model
         shift = self._calls if "stale_cache" in self._faults else 0
+        shift += int("stale_mix" in self._faults and self._calls == 2)
         first = np.asarray(tokens[:-1], dtype=np.int64)[:, None] + np.arange(len(model.moe_layers)) + shift
         if "constant_layer" in self._faults:
             first[:, self._faults["constant_layer"]] = 0

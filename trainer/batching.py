@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from r3.config import TrainerConfig
 from r3.errors import RoutingError
 from r3.routing import ExpertIds, RoutingTrace, expert_dtype, positions
-from r3.trainer.rows import RowClasses
+from r3.trainer.rows import Bools, Ints, RowClasses
+from r3.trainer.sampling import AuditPlan
 from r3.types import Batch, ModelSpec, Record, Trajectory
 
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 # [mini-step][microbatch] -> samples, for one rank.
 Shares = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -32,7 +31,7 @@ class StepBatch:
 
     `records`: of each trajectory (whose own `routing` is None) the blocks of layers that this rank got; None where the
     trajectory was not recorded. `offsets` int64 `[n + 1]`: where a trajectory's response tokens begin;
-    `rollout_logprobs` float32 `[T]` nats; `advantages` float32 `[T]`.
+    `rollout_logprobs` float32 `[T]` nats; `advantages` float32 `[T]`; `audit`: which recorded rows are audited.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -40,12 +39,16 @@ class StepBatch:
     offsets: Ints
     rollout_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
+    audit: AuditPlan
 
     @classmethod
-    def join(cls, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, spec: ModelSpec) -> StepBatch:
+    def join(
+        cls, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, spec: ModelSpec, turn: int = 0
+    ) -> StepBatch:
         """Join rollout batches; `advantages` float32 `[n]` in the order of their trajectories (None counts as 0).
 
-        Raises `RoutingError` when the batches come from another model or the advantages do not fit them.
+        `turn`: number of the step, for the choice of audited rows. Raises `RoutingError` when the batches come from
+        another model or the advantages do not fit them.
         """
         trajectories = tuple(batch.sample(i) for batch in batches for i in range(len(batch)))
         if advantages is None:
@@ -63,12 +66,14 @@ class StepBatch:
                     f"the trainer holds {spec.fingerprint}"
                 )
         lengths = np.array([trajectory.response_len for trajectory in trajectories], dtype=np.int64)
+        records = tuple(batch.record(i) for batch in batches for i in range(len(batch)))
         return cls(
             trajectories=trajectories,
-            records=tuple(batch.record(i) for batch in batches for i in range(len(batch))),
+            records=records,
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             rollout_logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
             advantages=np.repeat(advantages.astype(np.float32), lengths),
+            audit=AuditPlan.of(records, turn),
         )
 
     @property
@@ -147,7 +152,9 @@ class MicroBatch:
     `tokens`, `positions`, `labels` int64 `[b, s]`; `targets` int64 `[b, s]`: index of the predicted token among the
     step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s`
     rows under sequence parallelism: `experts` `[b, r, layers, k]` of the rank's MoE layers, or None when no trajectory
-    has a record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch.
+    has a record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch;
+    `windows` int64 `[b, r]`: window of the audit that the row is in, -1 for none; `sampled` bool `[b, r]`: was the
+    row's token sampled (else it is the prompt's).
     `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and
     length of the uncut microbatch. `rows`: how many rows of it are of which kind.
     """
@@ -160,6 +167,8 @@ class MicroBatch:
     recorded: Bools
     pads: Bools
     order: Ints
+    windows: Ints
+    sampled: Bools
     lengths: tuple[int, ...] | None
     shape: tuple[int, int]
     rows: RowClasses
@@ -221,12 +230,13 @@ class _Whole:
 
     def __init__(self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
         self.spec, self.form, self.offsets, self.records = spec, form, step.offsets, step.records
+        self.audit, self.windows = step.audit, np.full(shape, -1, np.int64)
         columns = form.columns if form.columns is not None else range(len(spec.moe_layers))
         self.layers = {spec.moe_layers[column]: local for local, column in enumerate(columns)}
         self.tokens, self.labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
         self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
-        self.pads = np.ones(shape, np.bool_)
+        self.pads, self.sampled = np.ones(shape, np.bool_), np.zeros(shape, np.bool_)
         captured = any(record is not None for record in step.records)
         dtype = expert_dtype(spec.num_experts)
         self.experts = np.zeros((*shape, len(self.layers), spec.top_k), dtype) if captured else None
@@ -240,11 +250,13 @@ class _Whole:
         trained = slice(begin + prompt - 1, begin + size - 1)
         self.targets[b, trained] = np.arange(self.offsets[i], self.offsets[i + 1])
         self.pads[b, begin : begin + size] = False
+        self.sampled[b, begin + prompt : begin + size] = True
         found, record = 0, self.records[i]
         if record is not None and self.experts is not None:
             blocks = needed_blocks(trajectory, record, self.spec, self.layers)
             where = begin + positions(record.spans)
             self.recorded[b, where], found = True, len(where)
+            self.windows[b, where] = self.audit.of_rows(i)
             for block in blocks:
                 # Straight out of the object store: a block is never joined with others or copied as a whole.
                 columns = [column for column, layer in enumerate(block.layers) if layer in self.layers]
@@ -267,6 +279,8 @@ class _Whole:
             recorded=self.recorded[:, routed],
             pads=self.pads[:, routed],
             order=order[:, routed],
+            windows=self.windows[:, routed],
+            sampled=self.sampled[:, routed],
             lengths=tuple(int(length) for length in lengths) if self.form.packed else None,
             shape=(self.tokens.shape[0], self.tokens.shape[1]),
             rows=self.rows,

@@ -21,8 +21,9 @@ from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_ref
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import PackedSeqParams, finalize_model_grads, get_forward_backward_func, parallel_state
 from r3.trainer.parallel import device, place
-from r3.trainer.replay import MicrobatchRouting, ReplayContext
+from r3.trainer.replay import AuditPairs, MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
+from r3.trainer.sampling import audit_rows
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, Mapping[str, Any]]
 LossFunction = Callable[[MicroBatch, torch.Tensor], LossOutput]
@@ -31,7 +32,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RoutingUse:
-    """What a pass does with the records: `force` replays them, else they are compared; `audit` adds lag overlaps."""
+    """What a pass does with records: `force` replays, else they are compared; `audit` adds overlaps at three lags."""
 
     force: bool
     audit: bool = False
@@ -264,12 +265,17 @@ def _routing(microbatch: MicroBatch, use: RoutingUse | None, where: torch.device
     def tensor(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(where)
 
+    audit = None
+    if use is not None and use.audit:
+        rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
+        own, record, sampled = (tuple(map(tensor, part)) for part in (rows.own, rows.record, rows.sampled))
+        audit = AuditPairs(own, record, sampled, tensor(rows.window))
     return MicrobatchRouting(
         experts=None if use is None or microbatch.experts is None else tensor(microbatch.experts),
         recorded=tensor(microbatch.recorded),
         pads=tensor(microbatch.pads),
         force=use is not None and use.force,
-        order=tensor(microbatch.order) if use is not None and use.audit else None,
+        audit=audit,
     )
 
 

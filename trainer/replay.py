@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from r3.audit import LAGS
 from r3.errors import ConfigError, RoutingError
 from r3.trainer.megatron import TopKRouter, TransformerConfig
 from r3.trainer.tally import Tally
@@ -34,21 +35,34 @@ TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AuditPairs:
+    """Rows to compare, int64 indices into a router's rows on the model's device; see `r3.trainer.sampling.AuditRows`.
+
+    `own`, `record`, `sampled`: one tensor for each lag -1, 0, +1; `window`: of each pair at lag 0.
+    """
+
+    own: tuple[torch.Tensor, ...]
+    record: tuple[torch.Tensor, ...]
+    sampled: tuple[torch.Tensor, ...]
+    window: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MicrobatchRouting:
     """What the routers of this rank need to know of one microbatch, on the model's device; `[b, s]` are its rows.
 
     `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
     and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
     rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
-    model's own choice. `pads` bool `[b, s]`. With `order` int64 `[b, s]`, places of the rows in the uncut microbatch,
-    the record is also compared when shifted by one row in both directions.
+    model's own choice. `pads` bool `[b, s]`. With `audit` its rows are also compared with the record shifted by one row
+    in both directions.
     """
 
     experts: torch.Tensor | None
     recorded: torch.Tensor
     pads: torch.Tensor
     force: bool
-    order: torch.Tensor | None = None
+    audit: AuditPairs | None = None
 
 
 def refuse_unsupported_router(config: TransformerConfig) -> None:
@@ -295,24 +309,19 @@ class _Visit:
             used = routing_map.gather(1, self._ids).bool()
             tally.mismatched_ids += (~used & active.recorded[:, None]).sum()
             tally.followed[self._column] += (used.all(1) & active.recorded).sum()
-        if active.routing.order is not None:
-            self._overlap(tally, self._own, active.routing.order)
+        if active.routing.audit is not None:
+            self._overlap(tally, self._own, self._ids, active.routing.audit)
         active.spent_since(begin)
 
-    def _overlap(self, tally: Tally, own: torch.Tensor, order: torch.Tensor) -> None:
-        """Compare the own choice of row t with the record of rows t-1, t and t+1 of the same sequence.
-
-        Pairs that are cut apart, at the edge of a context or sequence-parallel rank's rows, are left out.
-        """
-        assert self._active.routing.experts is not None
-        record, recorded = self._active.routing.experts[:, :, self._local], self._active.routing.recorded
-        for index, lag in enumerate((-1, 0, 1)):
-            # The last position of a sequence has no record, so no row is paired with one of another sequence.
-            valid = recorded & recorded.roll(-lag, 1) & (order.roll(-lag, 1) == order + lag)
-            shifted = router_order(record.roll(-lag, 1)).to(torch.int64)
-            hits = contained(shifted, own).float().mean(1)[router_order(valid)]
-            tally.overlap[index] += hits.sum(dtype=torch.float64)
-            tally.overlap_pairs[index] += hits.numel()
+    def _overlap(self, tally: Tally, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
+        """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""
+        for index, (mine, recorded, sampled) in enumerate(zip(audit.own, audit.record, audit.sampled, strict=True)):
+            hits = contained(ids[recorded], own[mine]).sum(1, dtype=torch.float64) / own.shape[1]
+            parts = torch.stack([~sampled, sampled], 1)
+            tally.overlap[self._column, index] += hits @ parts.double()
+            tally.overlap_pairs[self._column, index] += parts.sum(0)
+            if LAGS[index] == 0:
+                tally.windows.index_add_(0, audit.window, torch.stack([hits, torch.ones_like(hits)], 1))
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from r3.errors import RoutingError
-from r3.metrics import RouterCounts
+from r3.metrics import AUDIT_WINDOWS, RouterCounts
 from r3.trainer import parallel
 from r3.trainer.rows import RowClasses
 
@@ -28,6 +28,7 @@ class Tally:
     followed: torch.Tensor
     overlap: torch.Tensor
     overlap_pairs: torch.Tensor
+    windows: torch.Tensor
     compared: torch.Tensor
     mismatched_ids: torch.Tensor
     visits: dict[int, int] = field(default_factory=dict)
@@ -42,8 +43,9 @@ class Tally:
         def count(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        overlap = torch.zeros(3, dtype=torch.float64, device=device)
-        return cls(count(layers), count(layers), overlap, count(3), count(), count())
+        overlap = torch.zeros(layers, 3, 2, dtype=torch.float64, device=device)
+        windows = torch.zeros(AUDIT_WINDOWS, 2, dtype=torch.float64, device=device)
+        return cls(count(layers), count(layers), overlap, count(layers, 3, 2), windows, count(), count())
 
     def finish_microbatch(self, chunk: int, differs: torch.Tensor, recorded: torch.Tensor, compared: bool) -> None:
         """Note that `chunk` ran its next microbatch, and which of its rows (router order) differ there."""
@@ -83,17 +85,19 @@ class Tally:
             # Every stage compares the same rows.
             anywhere, self.compared = torch.zeros_like(anywhere), torch.zeros_like(self.compared)
         integers = (self.disagree, self.followed, self.overlap_pairs, anywhere, self.compared, self.mismatched_ids)
-        local = torch.cat([tensor.reshape(-1).double() for tensor in (*integers, self.overlap)])
+        local = torch.cat([tensor.reshape(-1).double() for tensor in (*integers, self.overlap, self.windows)])
         flat = parallel.sum_over_model(local).cpu().numpy()
         layers = len(self.disagree)
         if not where.reports or where.context:
             return RouterCounts.zero(layers)
-        disagree, followed, pairs, scalars, overlap = np.split(flat, np.cumsum([layers, layers, 3, 3]))
+        sizes = [layers, layers, 6 * layers, 3, 6 * layers]
+        disagree, followed, pairs, scalars, overlap, windows = np.split(flat, np.cumsum(sizes))
         replayed = int(followed.min()) if layers else 0
         return RouterCounts(
             disagree=disagree.astype(np.int64),
-            overlap=overlap,
-            overlap_pairs=pairs.astype(np.int64),
+            overlap=overlap.reshape(layers, 3, 2),
+            overlap_pairs=pairs.astype(np.int64).reshape(layers, 3, 2),
+            windows=windows.reshape(-1, 2),
             compared=int(scalars[1]),
             disagree_any=int(scalars[0]),
             mismatched_ids=int(scalars[2]),
@@ -107,8 +111,11 @@ class Tally:
 
 def counts_over_ranks(counts: RouterCounts) -> RouterCounts:
     """Add the counters of all ranks; the same on every rank."""
-    parts = [np.atleast_1d(np.asarray(part, np.float64)) for part in astuple(counts)]
-    total = parallel.sum_over_ranks(np.concatenate(parts))
-    split = np.split(total, np.cumsum([len(part) for part in parts])[:-1])
-    disagree, overlap, pairs = split[0].astype(np.int64), split[1], split[2].astype(np.int64)
-    return RouterCounts(disagree, overlap, pairs, *(int(part[0]) for part in split[3:]))
+    parts = [np.asarray(part, np.float64) for part in astuple(counts)]
+    total = parallel.sum_over_ranks(np.concatenate([part.reshape(-1) for part in parts]))
+    split = np.split(total, np.cumsum([part.size for part in parts])[:-1])
+    shaped = [values.reshape(part.shape) for values, part in zip(split, parts, strict=True)]
+    disagree, overlap, pairs, windows = shaped[:4]
+    return RouterCounts(
+        disagree.astype(np.int64), overlap, pairs.astype(np.int64), windows, *(int(part) for part in shaped[4:])
+    )

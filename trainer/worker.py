@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,12 +20,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from r3 import metrics
+from r3.audit import Alarm, AuditError, find_alarms, overlap_metrics
 from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.routing import ExpertIds
 from r3.trainer import parallel
-from r3.trainer.batching import MicroBatch, StepBatch, microbatch, plan_step, require_records
+from r3.trainer.batching import MicroBatch, StepBatch, microbatch, name, plan_step, require_records
 from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
@@ -135,14 +136,14 @@ class TrainerWorker:
         """
         share_ = self._prepare(batches, None, mini_steps=1)
         require_records(share_.step)
-        replayed = self._logprobs(share_, RoutingUse(force=True, audit=True))
+        replayed = self._logprobs(share_, RoutingUse(force=True))
         native = self._logprobs(share_, RoutingUse(force=False, audit=True))
         return {
             **self._mismatch("mismatch", share_.step, replayed),
             **self._mismatch("mismatch_native", share_.step, native),
             **metrics.disagreement(replayed.counts, "shadow", self._arch.spec.moe_layers),
             **metrics.disagreement(native.counts, "native", self._arch.spec.moe_layers),
-            **metrics.lag_overlap(native.counts),
+            **self._overlaps(share_.step, native),
             **metrics.replay_health(replayed.counts),
             "router/consulted_layers": float(len(self._arch.spec.moe_layers)),
         }
@@ -154,15 +155,20 @@ class TrainerWorker:
 
         `advantages` float32 `[n]` in the order of the concatenated batches. `counterfactual` adds the pass without
         replay. Old log-probs are recomputed under the routing that `replay.mode` asks for, then `grpo.mini_steps`
-        updates run under the same. Raises `RoutingError` for a record that is missing or does not fit.
+        updates run under the same. Raises `RoutingError` for a record that is missing (unless `routing.on_error` or
+        `routing.on_missing` trains such samples natively) or does not fit, and `AuditError`, before the first update,
+        for one that breaks a rule of the audit (unless `routing.on_alarm` is `warn`).
         """
         config, begin = self._config, time.perf_counter()
-        share_ = self._prepare(batches, advantages, config.grpo.mini_steps)
+        share_ = self._prepare(batches, advantages, config.grpo.mini_steps, step)
         use = RoutingUse(force=config.replay.mode == "r3")
-        if use.force:
+        if use.force and not config.routing.trains_natively:
             require_records(share_.step)
-        old = self._logprobs(share_, use)
-        native = self._logprobs(share_, RoutingUse(force=False, audit=True)) if use.force and counterfactual else None
+        old = self._logprobs(share_, replace(use, audit=True))
+        overlaps = self._overlaps(share_.step, old)
+        # Before anything is trained on the record.
+        alarms = self._alarms(share_.step, overlaps, step)
+        native = self._logprobs(share_, RoutingUse(force=False)) if use.force and counterfactual else None
         reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
         updates = [
             self.policy.update(mini_step, share_.step, old.logprobs, reference, use) for mini_step in share_.mini_steps
@@ -170,8 +176,10 @@ class TrainerWorker:
         report = {
             **self._old_metrics(share_.step, old, native, use),
             **self._update_metrics(share_.step, old, updates),
+            **overlaps,
+            **({"router/alarms": float(len(alarms))} if overlaps else {}),
             "rollout/staleness_max": float(self._version - min(t.weight_version for t in share_.step.trajectories)),
-            "time/checks_s": share_.seconds,
+            "time/install_s": share_.seconds,
         }
         spent = time.perf_counter() - begin - share_.seconds - (native.seconds if native else 0.0)
         report["time/train_s"] = spent
@@ -179,7 +187,7 @@ class TrainerWorker:
         if native:
             report["time/counterfactual_s"] = native.seconds
         self._version += 1
-        return StepResult(step, self._version, report) if self._rank == 0 else None
+        return StepResult(step, self._version, report, alarms) if self._rank == 0 else None
 
     def rehearse(self, advantages: NDArray[np.float32], *batches: Batch) -> Rehearsal:
         """Run one forced-routing step of known outcome; see `r3.trainer.rehearsal`. The weights change."""
@@ -218,9 +226,11 @@ class TrainerWorker:
     def _state_file(self, directory: str) -> Path:
         return Path(directory) / f"rank-{self._rank:05d}.pt"
 
-    def _prepare(self, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, mini_steps: int) -> _Share:
+    def _prepare(
+        self, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, mini_steps: int, turn: int = 0
+    ) -> _Share:
         begin = time.perf_counter()
-        step = StepBatch.join(batches, advantages, self._arch.spec)
+        step = StepBatch.join(batches, advantages, self._arch.spec, turn)
         plan, form = plan_step(step, self._config.trainer, mini_steps, self.policy.form, self.policy.data)
         built = tuple(tuple(microbatch(step, samples, self._arch.spec, form) for samples in cuts) for cuts in plan)
         return _Share(step, built, time.perf_counter() - begin)
@@ -255,8 +265,21 @@ class TrainerWorker:
             **metrics.prefixed("mismatch_native", plain),
             **metrics.prefixed("mismatch", metrics.gain(plain, replayed)),
             **metrics.disagreement(native.counts, "native", layers),
-            **metrics.lag_overlap(native.counts),
         }
+
+    def _overlaps(self, step: StepBatch, found: _Pass) -> Metrics:
+        return overlap_metrics(found.counts, self._arch.spec.moe_layers, step.audit.windows)
+
+    def _alarms(self, step: StepBatch, overlaps: Metrics, number: int) -> tuple[Alarm, ...]:
+        """Return what the audit found, alike on every rank; raise it where the config says so."""
+
+        def where(row: int) -> str:
+            return name(step.trajectories[step.audit.trajectory(row)])
+
+        alarms = find_alarms(overlaps, self._config.routing.min_overlap, where)
+        if alarms and self._config.routing.on_alarm == "fail":
+            raise AuditError(f"step {number}", alarms)
+        return alarms
 
     def _worst_load(self, step: StepBatch) -> float:
         """Return the load imbalance of the worst layer, which any rank may hold; a block at a time."""

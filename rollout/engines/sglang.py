@@ -15,9 +15,9 @@ import numpy as np
 from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
-from r3.rollout.engines.sglang_answers import checked_version, finish_of, sampled, sampling_params
+from r3.rollout.engines.sglang_answers import checked_version, finish_of, proven, sampled, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
-from r3.rollout.provenance import StaleRows, cut, with_provenance
+from r3.rollout.provenance import StaleRows
 from r3.rollout.sglang_plugin.client import switch
 from r3.rollout.wire import Wire, read_sglang
 from r3.routing import Provenance, RoutingTrace
@@ -155,6 +155,7 @@ class SglangEngine:
         wire: Wire | None = None
         stale: tuple[StaleRows, ...] = ()
         defect: RoutingError | None = None
+        begin = time.perf_counter()
         if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
             # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
             # `_handle_abort_req`): the KV is gone.
@@ -169,7 +170,10 @@ class SglangEngine:
                     request=index, weight_version=version, engine=self._name, start=start,
                 )  # fmt: skip
                 wire = decoded.wire
-                routing, stale = self._stamped(index, decoded.routing, meta, tokens, request, start)
+                routing, stale = proven(
+                    index, decoded.routing, meta, tokens, request,
+                    start=start, engine=self._name, expected=self._provenance,
+                )  # fmt: skip
             except RoutingError as error:
                 defect = error
         return Generation(
@@ -183,37 +187,8 @@ class SglangEngine:
             defect=defect,
             wire=wire,
             stale=stale,
+            decode_s=time.perf_counter() - begin,
         )
-
-    def _stamped(
-        self,
-        index: int,
-        decoded: RoutingTrace,
-        meta: dict[str, Any],
-        tokens: np.ndarray[Any, Any],
-        request: Request,
-        start: int,
-    ) -> tuple[RoutingTrace, tuple[StaleRows, ...]]:
-        """Return the rows that the request asked for out of those from `start` on, with the versions that stamps prove.
-
-        An engine that stamps must stamp every answer.
-        """
-        found: RoutingTrace = decoded
-        stale: tuple[StaleRows, ...] = ()
-        if self._provenance == "exact":
-            prompt_len = len(request.tokens)
-            try:
-                found, stale = with_provenance(found, meta, num_tokens=len(tokens), prompt_len=prompt_len, begin=start)
-            except RoutingError as error:
-                raise RoutingError(f"request {index}: {error}") from error
-            if len(tokens) > prompt_len and found.provenance != "exact":
-                raise RoutingError(
-                    f"request {index}: {self._name} stamps its rows, but none of this answer are stamped"
-                )
-        if start < request.routing_start:
-            found = found.clip(request.routing_start, len(tokens), tokens)
-            stale = cut(stale, request.routing_start)
-        return found, stale
 
     def _switch_stamps(self) -> tuple[Provenance, str]:
         if not self._config.routing.capture:

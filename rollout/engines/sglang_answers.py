@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from r3.errors import EngineError
-from r3.rollout.engine import Sampling
-from r3.routing import TokenIds
+from r3.errors import EngineError, RoutingError
+from r3.rollout.engine import Request, Sampling
+from r3.rollout.provenance import StaleRows, cut, with_provenance
+from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightVersion
 
 _FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -74,3 +75,35 @@ def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, eng
             f"request {index}: {engine} answered with weights {meta.get('weight_version')!r}, loaded are {loaded}"
         )
     return loaded
+
+
+def proven(
+    index: int,
+    decoded: RoutingTrace,
+    meta: dict[str, Any],
+    tokens: TokenIds,
+    request: Request,
+    *,
+    start: int,
+    engine: str,
+    expected: Provenance | None,
+) -> tuple[RoutingTrace, tuple[StaleRows, ...]]:
+    """Return the rows that the request asked for out of those from `start` on, with the versions that stamps prove.
+
+    `expected`: what the engine said of itself; None where that is not known yet, then stamps are read where they are.
+    Raises `RoutingError` for stamps that do not fit, and for an answer without any from an engine that stamps.
+    """
+    found: RoutingTrace = decoded
+    stale: tuple[StaleRows, ...] = ()
+    if expected != "unknown":
+        prompt_len = len(request.tokens)
+        try:
+            found, stale = with_provenance(found, meta, num_tokens=len(tokens), prompt_len=prompt_len, begin=start)
+        except RoutingError as error:
+            raise RoutingError(f"request {index}: {error}") from error
+        if expected == "exact" and len(tokens) > prompt_len and found.provenance != "exact":
+            raise RoutingError(f"request {index}: {engine} stamps its rows, but none of this answer are stamped")
+    if start < request.routing_start:
+        found = found.clip(request.routing_start, len(tokens), tokens)
+        stale = cut(stale, request.routing_start)
+    return found, stale

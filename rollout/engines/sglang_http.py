@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from r3.config import Config
-from r3.errors import EngineError, RoutingError
+from r3.errors import ConfigError, EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.http import Refused, Server, fan_out, field_of, open_servers
-from r3.rollout.engines.sglang_answers import checked_version, finish_of, sampled, sampling_params
+from r3.rollout.engines.sglang_answers import checked_version, finish_of, proven, sampled, sampling_params
 from r3.rollout.engines.sglang_args import check_output_layer
 from r3.rollout.engines.sglang_server import ServerFacts, check_server, read_facts
 from r3.rollout.handshake import probe
+from r3.rollout.provenance import StaleRows
 from r3.rollout.weight_files import exchanged
 from r3.rollout.wire import Wire, read_sglang
-from r3.routing import RoutingTrace
+from r3.routing import Provenance, RoutingTrace
 from r3.types import ModelSpec, WeightSource, WeightVersion
 
 _FIRST: WeightVersion = 0
@@ -53,7 +54,9 @@ class SglangHttpEngine:
             self._name = f"sglang {releases[0]}"
             self._shares_prefixes = all(fact.shares_prefixes for fact in facts)
             self._version = _FIRST
+            self._provenance: Provenance | None = "unknown" if config.routing.provenance == "off" else None
             self._recorded = self._probe() if config.routing.capture else None
+            self._provenance, self._unstamped = self._says_who_wrote()
         except BaseException:
             self.close()
             raise
@@ -68,6 +71,8 @@ class SglangHttpEngine:
             config.rollout.dtype,
             self._recorded,
             updates="directory",
+            provenance=self._provenance or "unknown",
+            unstamped=self._unstamped,
         )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
@@ -130,6 +135,18 @@ class SglangHttpEngine:
             raise EngineError(f"rollout.urls has servers that record differently: {found}; start them alike")
         return found[0]
 
+    def _says_who_wrote(self) -> tuple[Provenance, str]:
+        """Return what the servers' records say of who wrote their rows, and why when it is `unknown`."""
+        wanted = self._config.routing.provenance
+        if self._recorded is not None and self._recorded.provenance == "exact":
+            return "exact", ""
+        if self._recorded is None or wanted == "off":
+            return "unknown", "routing.capture is off" if self._recorded is None else "routing.provenance is off"
+        reason = f"{self._name} stamps no rows; install this package where the server runs, or give it its plugin"
+        if wanted == "require":
+            raise ConfigError(f"routing.provenance is require, but {reason}")
+        return "unknown", reason
+
     def _ask_one(self, server: Server, requests: Sequence[Request], sampling: Sampling) -> list[Generation]:
         parameters = sampling_params(sampling, len(requests))
         return [self._answer(server, i, request, parameters[i], True) for i, request in enumerate(requests)]
@@ -173,14 +190,20 @@ class SglangHttpEngine:
         version = checked_version(index, meta, self._version, self._name)
         routing: RoutingTrace | None = None
         wire: Wire | None = None
+        stale: tuple[StaleRows, ...] = ()
         defect: RoutingError | None = None
+        begin = time.perf_counter()
         if capture and not (finish == "abort" and not len(response)):
             try:
                 decoded = read_sglang(
                     meta.get("routed_experts"), tokens, self._model, request=index, weight_version=version,
                     engine=self._name, start=request.routing_start,
                 )  # fmt: skip
-                routing, wire = decoded.routing, decoded.wire
+                wire = decoded.wire
+                routing, stale = proven(
+                    index, decoded.routing, meta, tokens, request,
+                    start=request.routing_start, engine=self._name, expected=self._provenance,
+                )  # fmt: skip
             except RoutingError as error:
                 defect = error
         return Generation(
@@ -193,6 +216,8 @@ class SglangHttpEngine:
             cached_tokens=int(meta.get("cached_tokens") or 0),
             defect=defect,
             wire=wire,
+            stale=stale,
+            decode_s=time.perf_counter() - begin,
         )
 
     def _load(self, server: Server, directory: Path, version: WeightVersion) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from r3.errors import RoutingError
+from r3.errors import MissingRoutingError, RoutingError
 from r3.rollout.wire.common import Decoded, check_range, check_start, check_width, from_base64, record
 from r3.routing import TokenIds
 from r3.types import ModelSpec, WeightVersion
@@ -39,7 +39,7 @@ def decode_lightllm(
     """
     check_start(start, len(tokens), request)
     if payload is None:
-        raise RoutingError(f"request {request}: {CAPTURE_IS_OFF}")
+        raise MissingRoutingError(f"request {request}: {CAPTURE_IS_OFF}")
     shape, dtype, data = _fields(payload, request)
     if dtype not in ("int8", "uint8", "int16", "int32"):
         raise RoutingError(f"request {request}: routing dtype is {dtype!r}; LightLLM sends uint8, int8, int16 or int32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from r3.errors import RoutingError
+from r3.errors import MissingRoutingError, RoutingError
 from r3.rollout.wire.common import (
     Decoded,
     WideIds,
@@ -62,7 +62,7 @@ def read_sglang(
     """
     check_start(start, len(tokens), request)
     if payload is None:
-        raise RoutingError(f"request {request}: {CAPTURE_IS_OFF}")
+        raise MissingRoutingError(f"request {request}: {CAPTURE_IS_OFF}")
     wide, begin = _shaped(from_base64(payload, request), len(tokens), model, request, start, dtype)
     check_range(wide, model, range(model.num_layers), request)
     moe = drop_dense(wide, model, request)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from r3.errors import RoutingError
+from r3.errors import MissingRoutingError, RoutingError
 from r3.rollout.wire.common import Decoded, check_range, check_start, check_width, drop_dense, from_base64, record
 from r3.routing import RoutingTrace, TokenIds
 from r3.types import ModelSpec, WeightVersion
@@ -61,7 +61,7 @@ def read_vllm(
     """
     check_start(start, len(tokens), request)
     if payload is None:
-        raise RoutingError(f"request {request}: {CAPTURE_IS_OFF}")
+        raise MissingRoutingError(f"request {request}: {CAPTURE_IS_OFF}")
     raw = from_base64(payload, request)
     shape, dtype, offset = _header(raw, request)
     last = max(len(tokens) - 1, 0)

@@ -7,8 +7,8 @@
 A step is what the trainer does with one batch: lay out the microbatches, recompute the log-probs, one update. *Align*
 is what `microbatch` takes with records more than without; *force and account* is what the routers take
 (`train/replay_s`): rows in the routers' order, ids widened to int64, scores gathered at them, ids used and
-disagreements counted. All in one run, so that the share depends little on the machine's load; the median over the
-steps.
+disagreements counted, the audit made. All in one run, so that the share depends little on the machine's load; the
+median over the steps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,27 +61,27 @@ def laid_out(policy: Policy, step: StepBatch, size: int) -> tuple[list[MicroBatc
     return made, time.perf_counter() - begin
 
 
-def one_step(policy: Policy, steps: tuple[StepBatch, StepBatch], size: int) -> tuple[float, float, float]:
+def one_step(policy: Policy, steps: tuple[StepBatch, StepBatch], size: int, audit: bool) -> tuple[float, float, float]:
     """Return the seconds of a whole step, of aligning, and of forcing and accounting in its two passes."""
     with_records, without = steps
     _, plain = laid_out(policy, without, size)
     begin = time.perf_counter()
     microbatches, aligned = laid_out(policy, with_records, size)
     use = RoutingUse(force=True)
-    old = policy.logprobs(microbatches, with_records, use)
+    old = policy.logprobs(microbatches, with_records, replace(use, audit=audit))
     update = policy.update(microbatches, with_records, old.logprobs, None, use)
     return time.perf_counter() - begin, aligned - plain, old.replay_s + update.replay_s
 
 
-def measured(directory: Path, tokens: int, size: int, recompute: str, repeats: int) -> list[float]:
+def measured(directory: Path, tokens: int, size: int, recompute: str, repeats: int, audit: bool) -> list[float]:
     """Return the medians of `one_step`, in milliseconds."""
     arch = Architecture.from_directory(directory)
     config = make_config(trainer={"micro_batch_size": size, "recompute": recompute})
     policy = Policy(config, arch, directory, updates=10 * repeats)
     batches = [make_batch(arch.spec, tokens, routing) for routing in (True, False)]
     steps = tuple(StepBatch.join([batch], make_advantages(batch), arch.spec) for batch in batches)
-    one_step(policy, steps, size)
-    found = [one_step(policy, steps, size) for _ in range(repeats)]
+    one_step(policy, steps, size, audit)
+    found = [one_step(policy, steps, size, audit) for _ in range(repeats)]
     return (1e3 * np.median(np.array(found), axis=0)).tolist()
 
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="+", default=["none", "full"], choices=["none", "full", "selective"])
     parser.add_argument("--micro-batch-size", type=int, default=16, help="trajectories of a microbatch")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--no-audit", action="store_true", help="leave the audit out, which every step of a run makes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
@@ -100,7 +102,8 @@ def main() -> None:
         directory = write_model(Path(place) / "model", **SIZES)
         for tokens in options.tokens:
             for recompute in options.recompute:
-                step, align, force = measured(directory, tokens, options.micro_batch_size, recompute, options.repeats)
+                size, audit = options.micro_batch_size, not options.no_audit
+                step, align, force = measured(directory, tokens, size, recompute, options.repeats, audit)
                 share_of_step = (align + force) / step
                 print(
                     f"| {tokens} | {recompute} | {step:.0f} | {align:.2f} | {force:.2f} | {share_of_step:.1%} |",

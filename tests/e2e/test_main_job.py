@@ -57,7 +57,11 @@ def test_every_step_replays_every_recorded_row(replayed: tuple[Path, str]) -> No
         assert row["router/mismatched_ids"] == 0
         assert row["router/missing_rows"] == 0
         assert row["router/dropped_samples"] == 0
-        assert row["router/lag_margin"] > 0
+        assert row["router/lag_margin"] > 0.2
+        assert row["router/lag0_overlap"] > 0.9
+        assert row["router/audited_rows"] > 1000
+        assert row["router/alarms"] == row["router/native_samples"] == 0
+        assert 0 < row["time/checks_s"] < row["time/generate_s"]
         assert row["rollout/staleness_max"] == 0
         assert row["train/mini_steps"] == 2
         assert row["train/grad_norm"] > 0
@@ -122,6 +126,21 @@ def test_every_key_that_is_logged_is_documented(replayed: tuple[Path, str]) -> N
     assert not [key for key in logged if not any(re.fullmatch(pattern, key) for pattern in patterns)]
     absent = [key for key, p in zip(documented, patterns, strict=True) if not any(re.fullmatch(p, k) for k in logged)]
     assert not absent
+
+
+def test_a_record_that_is_off_by_one_stops_the_command_before_the_first_step(warm_model: Path, tmp_path: Path) -> None:
+    result = train(
+        tmp_path / "run", "rollout.engine=tests.corrupting_engine:ShiftedRows", "run.eval_every=0",
+        "rollout.prompts_per_step=8",
+    )  # fmt: skip
+    sentence = "the record fits better shifted by one token: overlap with the trainer's own top-k is 0."
+    assert result.returncode == 3, result.stderr
+    assert f"error: the start-up canary failed: {sentence}" in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    alarms = [row for row in read_rows(tmp_path / "run" / "events.jsonl") if row["event"] == "routing_alarm"]
+    assert (alarms[0]["step"], alarms[0]["rule"]) == (0, "lag")
+    assert alarms[0]["value"] < alarms[0]["threshold"]
+    assert alarms[0]["sentence"].startswith(sentence)
 
 
 def test_without_replay_two_ranks_and_an_own_reward(warm_model: Path, tmp_path: Path) -> None:

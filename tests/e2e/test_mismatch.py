@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from r3.audit import AuditError
+from r3.canary import check_canary
 from r3.config import Config, load_config
 from r3.metrics import bootstrap_interval
 from r3.routing import RoutingTrace
@@ -59,6 +61,8 @@ def test_replay_lowers_k3_of_a_bf16_engine(bridge: Bridge, record_property: Call
     assert low > 0
     assert all(audit["router/coverage"] == 1 and audit["router/mismatched_ids"] == 0 for audit in audits)
     assert all(audit["router/lag_margin"] > 0.2 for audit in audits)
+    for audit in audits:
+        check_canary(bridge.config, audit)
 
 
 def shift(trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -89,6 +93,8 @@ def test_wrong_records_raise_k3_a_hundredfold(bridge: Bridge, defect: Callable[.
     right = bridge.audit([bridge.batches[0]])["mismatch/k3"]
     wrong = bridge.audit([BatchRef.put(Batch.pack(defect(batch.trajectories())))])
     assert wrong["mismatch/k3"] > 100 * right
+    with pytest.raises(AuditError, match="the trainer's own top-k"):
+        check_canary(bridge.config, wrong)
     if defect is shift:
         assert wrong["router/lag_margin"] < 0
 

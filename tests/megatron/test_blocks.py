@@ -57,7 +57,9 @@ def test_own_blocks_are_enough(
     assert metrics is not None
     assert metrics.keys() == expected.keys()
     # Pads and the pairs of neighbouring rows on one rank depend on the layout; everything else does not.
-    for key in expected.keys() - {"router/pad_rows", "router/native_rows", "router/lag_margin"}:
+    for key in expected.keys() - {"router/pad_rows", "router/native_rows"}:
+        if key.startswith("router/lag_margin"):
+            continue
         assert metrics[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
 
 

@@ -39,6 +39,7 @@ def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: P
         result = group.step(1, make_advantages(batch), True, refs)
         assert (result.step, result.weight_version) == (1, 1)
         assert result.metrics["router/coverage"] == 1
+        assert {alarm.rule for alarm in result.alarms} == {"overlap"}, "the records are random"
         assert result.metrics["transport/node_copies"] == 1, "the ranks hold copies of their own"
         assert result.metrics["transport/get_s"] > 0
         _, version, size = ray.get(ray.remote(is_weights).remote(group.export()))

@@ -182,11 +182,11 @@ def test_other_models_in_the_process_are_never_replayed(model_dir: Path) -> None
 
 
 def reference_counts(
-    record: np.ndarray, own: np.ndarray, recorded: np.ndarray, lags: Sequence[int] = (-1, 0, 1)
-) -> tuple[np.ndarray, int, list[float], list[int]]:
-    """Disagreement per layer and in any, overlap sums and pairs, row by row in Python."""
+    record: np.ndarray, own: np.ndarray, recorded: np.ndarray, sampled: np.ndarray, lags: Sequence[int] = (-1, 0, 1)
+) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+    """Disagreement per layer and in any, overlap sums and pairs per layer and lag, row by row in Python."""
     per_layer, anywhere = np.zeros(own.shape[2], int), 0
-    overlap, pairs = [0.0] * len(lags), [0] * len(lags)
+    overlap, pairs = np.zeros((own.shape[2], len(lags), 2)), np.zeros((own.shape[2], len(lags), 2), int)
     for b, t in zip(*np.nonzero(recorded), strict=True):
         differs = [set(record[b, t, layer]) != set(own[b, t, layer]) for layer in range(own.shape[2])]
         per_layer += differs
@@ -195,8 +195,8 @@ def reference_counts(
             if 0 <= t + lag < recorded.shape[1] and recorded[b, t + lag]:
                 for layer in range(own.shape[2]):
                     shared = len(set(record[b, t + lag, layer]) & set(own[b, t, layer]))
-                    overlap[i] += shared / own.shape[3]
-                    pairs[i] += 1
+                    overlap[layer, i, int(sampled[b, t])] += shared / own.shape[3]
+                    pairs[layer, i, int(sampled[b, t])] += 1
     return per_layer, anywhere, overlap, pairs
 
 
@@ -213,11 +213,16 @@ def test_counters_equal_a_row_by_row_count(model_dir: Path) -> None:
         for m, ids in zip(microbatches, own, strict=True)
     ]
     counts = policy.logprobs(mixed, step, RoutingUse(force=False, audit=True)).counts
-    expected = [reference_counts(m.experts, ids, m.recorded) for m, ids in zip(mixed, own, strict=True)]
+    expected = [reference_counts(m.experts, ids, m.recorded, m.sampled) for m, ids in zip(mixed, own, strict=True)]
     np.testing.assert_array_equal(counts.disagree, sum(e[0] for e in expected))
     assert counts.disagree_any == sum(e[1] for e in expected)
     np.testing.assert_allclose(counts.overlap, np.sum([e[2] for e in expected], 0), rtol=1e-6)
     np.testing.assert_array_equal(counts.overlap_pairs, np.sum([e[3] for e in expected], 0))
+    prompts = sum(t.prompt_len for t in step.trajectories)
+    assert counts.overlap_pairs[:, 1].tolist() == [[prompts, counts.compared - prompts]] * 4
+    # Few rows, so they are one window: the sums over all layers at lag 0.
+    np.testing.assert_allclose(counts.windows[0], [counts.overlap[:, 1].sum(), 4 * counts.compared])
+    assert not counts.windows[1:].any()
     assert counts.compared == sum(int(m.recorded.sum()) for m in mixed)
 
 

@@ -22,7 +22,11 @@ def make_config() -> Callable[..., Config]:
     """Config of a fake engine; keyword arguments are keys of `rollout`, except `faults` and `routing`'s."""
 
     def make(
-        faults: dict[str, Any] | None = None, on_error: str = "fail", block_layers: int = 8, **rollout: Any
+        faults: dict[str, Any] | None = None,
+        on_error: str = "fail",
+        block_layers: int = 8,
+        on_missing: str = "fail",
+        **rollout: Any,
     ) -> Config:
         return Config.model_validate(
             {
@@ -39,7 +43,7 @@ def make_config() -> Callable[..., Config]:
                     "timeout_s": 120,
                 }
                 | rollout,
-                "routing": {"on_error": on_error, "block_layers": block_layers},
+                "routing": {"on_error": on_error, "on_missing": on_missing, "block_layers": block_layers},
                 "grpo": {"group_size": 3},
             }
         )

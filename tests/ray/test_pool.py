@@ -108,6 +108,20 @@ def test_dropped_samples_are_reported_once_per_step(make_config: MakeConfig, mod
     assert "made-up defect" in events[0][1]["first"]
 
 
+def test_samples_trained_natively_are_reported_beside_dropped_ones(make_config: MakeConfig, model_dir: Path) -> None:
+    events = Events()
+    config = make_config({"missing_every": 5, "abort_every": 4}, on_missing="native_sample", workers=2)
+    with RolloutPool(config, model_dir, events) as pool:
+        rollout = pool.generate(PROMPTS, 9)
+
+    # Of the 12 requests of each worker 0, 5, 10 lack a record; 4 and 8 are aborted.
+    assert [(s.group, s.member) for s in rollout.native_samples] == [(0, 0), (1, 2), (3, 1), (4, 0), (5, 2), (7, 1)]
+    assert (rollout.dropped, len(rollout.facts)) == (4, 20)
+    assert [(kind, facts["count"]) for kind, facts in events] == [("samples_dropped", 4), ("samples_native", 6)]
+    records = [t.routing for batch in fetched(rollout.batches) for t in batch.trajectories()]
+    assert sum(record is None for record in records) == 6
+
+
 def test_a_step_without_a_usable_sample_stops_the_run(make_config: MakeConfig, model_dir: Path) -> None:
     with (
         RolloutPool(make_config({"abort_every": 1}), model_dir) as pool,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from r3.config import Config
-from r3.errors import ConfigError, EngineError, RoutingError
-from r3.rollout.engine import open_engine, stop_token_ids
+from r3.errors import ConfigError, EngineError, MissingRoutingError, RoutingError
+from r3.rollout.engine import check_generation, open_engine, stop_token_ids
 from r3.rollout.worker import RolloutWorker
 from r3.types import Prompt, WeightBuckets
+from tests.fake_engine import FakeEngine
 from tests.tiny_model import EOS, write_files
 
 MakeConfig = Callable[..., Config]
@@ -62,6 +64,59 @@ def test_unusable_samples_are_dropped_and_counted(
     assert len(batch) == 24 - len(gone)
 
 
+@pytest.mark.parametrize(
+    ("fault", "policy", "reason"),
+    [("bad_every", "on_error", "made-up defect"), ("missing_every", "on_missing", "no routing came back")],
+)
+def test_samples_without_a_usable_record_are_trained_natively_and_counted(
+    make_config: MakeConfig, model_dir: Path, fault: str, policy: str, reason: str
+) -> None:
+    report, batch = worker(make_config({fault: 5}, **{policy: "native_sample"}), model_dir).generate(PROMPTS, 0, 3)
+
+    native = [(number // 3, number % 3) for number in range(0, 24, 5)]
+    assert [(d.group, d.member) for d in report.native] == native
+    assert all(reason in d.reason for d in report.native)
+    assert report.dropped == ()
+    for trajectory in batch.trajectories():
+        assert (trajectory.routing is None) == ((trajectory.group, trajectory.member) in native)
+        if trajectory.routing is not None:
+            trajectory.routing.verify(trajectory.tokens)
+
+
+def test_a_missing_record_stops_the_run_whatever_becomes_of_malformed_ones(
+    make_config: MakeConfig, model_dir: Path
+) -> None:
+    config = make_config({"missing_every": 5}, on_error="drop_sample")
+    with pytest.raises(MissingRoutingError, match=r"prompt 0, group 0, member 0: no routing came back.*on_missing"):
+        worker(config, model_dir).generate(PROMPTS, 0, 3)
+
+
+def test_answers_are_checked_as_they_come(
+    make_config: MakeConfig, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Streaming(FakeEngine):
+        def generate(self, requests: Any, sampling: Any, *, capture: bool) -> Iterator[Any]:
+            for answer in super().generate(requests, sampling, capture=capture):
+                order.append("made")
+                yield answer
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        order.append("checked")
+        return check_generation(*arguments, **options)
+
+    monkeypatch.setattr("r3.rollout.worker.check_generation", note)
+    config = make_config({"bad_every": 5}, on_error="drop_sample")
+    rollouts = worker(config, model_dir)
+    rollouts._engine = Streaming(config, model_dir, 0)
+    report, batch = rollouts.generate(PROMPTS, 0, 3)
+
+    assert order == ["made", "checked"] * 24
+    assert (len(report.dropped), len(batch)) == (5, 19)
+    assert report.check_seconds > 0
+
+
 def test_a_layer_that_never_changes_is_refused_even_where_samples_are_dropped(
     make_config: MakeConfig, model_dir: Path
 ) -> None:
@@ -91,6 +146,23 @@ def test_canary_returns_a_batch_of_sampled_answers(make_config: MakeConfig, mode
     assert (report.equal_tokens, report.equal_rows) == (1.0, 1.0)
     assert report.cached_tokens == sum(len(prompt.text) - 1 for prompt in PROMPTS)
     assert batch.groups.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"stale_mix": True}, r"only 0\.0% of the prompt's routing rows"),
+        ({"missing_every": 3}, "no routing came back"),
+        ({"bad_every": 3}, "made-up defect"),
+        ({"abort_every": 3}, "aborted by the engine"),
+    ],
+)
+def test_the_canary_is_strict_whatever_the_policies(
+    make_config: MakeConfig, model_dir: Path, faults: dict[str, Any], message: str
+) -> None:
+    config = make_config(faults, on_error="native_sample", on_missing="drop_sample")
+    with pytest.raises(RoutingError, match=f"start-up canary: .*{message}"):
+        worker(config, model_dir).canary(PROMPTS)
 
 
 def test_canary_refuses_rows_that_change_with_the_cache(make_config: MakeConfig, model_dir: Path) -> None:

@@ -128,6 +128,7 @@ def deep_step(size: int | None, layers: Collection[int] = DEEP.moe_layers) -> St
     return StepBatch.join([replace(batch, blocks=at_hand)], None, DEEP)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.sets(st.integers(0, 5)), st.booleans(), st.tuples(st.integers(0, 1), st.just(2)))
 def test_a_stage_needs_only_the_blocks_with_its_layers(
     size: int, columns: set[int], packed: bool, context: tuple[int, int]

@@ -1,0 +1,79 @@
+"""Which rows of a microbatch the audit compares, and with which rows of the record; numpy only.
+
+The choice (`r3.audit.choose_windows`) counts the recorded rows of the whole step, so it does not depend on the layout:
+every rank finds the rows of its own part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r3.audit import LAGS, choose_windows
+from r3.trainer.rows import Bools, Ints
+from r3.types import Record
+
+
+@dataclass(frozen=True, slots=True)
+class AuditPlan:
+    """The audited windows `[n, 2]` of a step, in recorded rows counted over its trajectories in order.
+
+    `offsets` int64 `[trajectories + 1]`: the first recorded row of each trajectory.
+    """
+
+    windows: Ints
+    offsets: Ints
+
+    @classmethod
+    def of(cls, records: tuple[Record | None, ...], turn: int) -> AuditPlan:
+        """Plan the audit of step `turn`."""
+        rows = [sum(span.end - span.begin for span in record.spans) if record else 0 for record in records]
+        offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
+        return cls(choose_windows(int(offsets[-1]), turn), offsets)
+
+    def of_rows(self, i: int) -> Ints:
+        """Return the window of every recorded row of trajectory `i`, -1 for one that is not audited."""
+        rows = np.arange(self.offsets[i], self.offsets[i + 1])
+        if not len(self.windows):
+            return np.full(len(rows), -1, np.int64)
+        index = np.searchsorted(self.windows[:, 0], rows, side="right") - 1
+        inside = (index >= 0) & (rows < self.windows[index, 1])
+        return np.where(inside, index, -1)
+
+    def trajectory(self, row: int) -> int:
+        """Return the trajectory that recorded row `row` of the step belongs to."""
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRows:
+    """Pairs of rows to compare, as indices into a router's rows `[s * b]`.
+
+    `own`, `record`: for each lag -1, 0, +1 the rows whose own choice is looked at and, of the same length, the rows
+    whose record it is compared with, `sampled` bool: of which of them the engine sampled the token (the rows of a
+    shared prompt fit many records); `window`: of each pair at lag 0.
+    """
+
+    own: tuple[Ints, ...]
+    record: tuple[Ints, ...]
+    sampled: tuple[Bools, ...]
+    window: Ints
+
+
+def audit_rows(recorded: Bools, order: Ints, windows: Ints, sampled: Bools) -> AuditRows:
+    """Return the pairs of one rank's rows of a microbatch, each argument `[b, r]` (`MicroBatch`).
+
+    Pairs that are cut apart, at the edge of a context- or sequence-parallel rank's rows, are left out.
+    """
+    place: NDArray[np.int64] = np.arange(recorded.size).reshape(recorded.shape[::-1]).T
+    own, record, parts = [], [], []
+    for lag in LAGS:
+        # The last position of a sequence has no record, so no row is paired with one of another sequence.
+        neighbour = np.roll(recorded, -lag, 1) & (np.roll(order, -lag, 1) == order + lag)
+        valid = recorded & (windows >= 0) & neighbour
+        own.append(place[valid])
+        record.append(np.roll(place, -lag, 1)[valid])
+        parts.append(sampled[valid])
+    return AuditRows(tuple(own), tuple(record), tuple(parts), windows[recorded & (windows >= 0)])
