@@ -52,7 +52,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("enable_hierarchical_cache", bool, "capture",
             "restored KV moves to new slots and its routing rows do not follow (SGLang issue #26975)"),
     *(Refusal(option, bool, "capture",
-              "KV that is restored from outside the GPU brings no routing rows (as in SGLang issue #26975)")
+              "KV that is restored from outside the GPU brings no routing rows (as in SGLang #26975 and vLLM #39568)")
       for option in ("enable_lmcache", "enable_flexkv", "enable_hisparse")),
     Refusal("disaggregation_mode", _is_set, "capture",
             "prompt rows stay on the prefill node (SGLang PRs #22916, #23885)"),

@@ -24,7 +24,7 @@ from r3.rollout.engines.sglang_args import check_engine_args
 from r3.rollout.provenance import KEY, UNWRITTEN, StaleRows, Weights, pack, settle, with_provenance
 from r3.rollout.sglang_plugin import hooks
 from r3.rollout.wire import decode_sglang
-from r3.routing import RoutingTrace, Span, check_constant_layers
+from r3.routing import RoutingTrace, Span
 from r3.types import ModelSpec, WeightBuckets
 from tests.engines.test_sglang_adapter import StubEngine
 from tests.stand_in_scheduler import Scheduler, stamps
@@ -211,22 +211,20 @@ def test_rows_that_cannot_be_those_of_the_tokens_are_refused(rows: np.ndarray, m
         decode(rows)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(300, id="case-32-one-row-for-every-output-token")])
-def test_a_graph_that_replays_one_row_is_refused_over_the_batch(rows: int) -> None:
-    tokens = np.arange(rows + 1, dtype=np.int32) % 90
-    record = decode(np.repeat(wide(1), rows, axis=0), tokens)
-    with pytest.raises(RoutingError, match=r"layer 0 routes all 300 rows"):
-        check_constant_layers(record.experts, record.layers)
+REPEATED = [
+    pytest.param(np.repeat(wide(1), 199, axis=0), "rows 0 to 198", id="case-32-one-row-for-every-output-token"),
+    pytest.param(
+        np.concatenate([wide(100), np.repeat(wide(101)[-1:], 67, axis=0), wide(199)[167:]]), "rows 100 to 166",
+        id="case-33-one-row-repeated-at-a-chunk-boundary",
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(67, id="case-33-one-row-repeated-at-a-chunk-boundary")])
-def test_a_block_of_one_row_is_refused(chunk: int) -> None:
-    checks = pytest.importorskip("r3.rollout.checks", reason="the check of repeated rows is not in this tree")
+@pytest.mark.parametrize(("rows", "which"), REPEATED)
+def test_a_block_of_one_row_is_refused(rows: np.ndarray, which: str) -> None:
     tokens = np.arange(200, dtype=np.int32) % 90
-    rows = wide(199)
-    rows[100 : 100 + chunk] = rows[100]
-    with pytest.raises(RoutingError, match="the same in every layer although their tokens differ"):
-        checks.check_repeated_rows(decode(rows, tokens), tokens)
+    with pytest.raises(RoutingError, match=f"{which} are identical in all {MODEL.num_layers} layers"):
+        decode(rows, tokens)
 
 
 @pytest.mark.parametrize("overlap", [pytest.param(True, id="case-31-buffer-used-again-before-its-copy")])
