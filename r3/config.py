@@ -214,8 +214,8 @@ class RoutingConfig(Section):
 
     @property
     def trains_natively(self) -> bool:
-        """Whether a sample without a record may be trained on."""
-        return "native_sample" in (self.on_error, self.on_missing)
+        """Whether a sample without a record may be trained on; one whose rows are all stale has none left."""
+        return "native_sample" in (self.on_error, self.on_missing) or self.on_stale == "native_rows"
 
 
 class ReplayConfig(Section):

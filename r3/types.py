@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from r3.audit import Alarm
 from r3.errors import ConfigError, RoutingError
+from r3.prefixes import StoredRows
 from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
 
 Finish = Literal["stop", "length", "abort"]
@@ -153,8 +154,8 @@ class SampleFacts(NamedTuple):
 class RoutingBlock:
     """The records of a `Batch` in a few MoE layers, an object of its own in the object store.
 
-    `layers`: global index of each; `experts` `[sum rows, layers, k]` in the order of the batch; `crc32` uint32 `[n]`
-    over each trajectory's rows of this block and its tokens.
+    `layers`: global index of each; `experts` `[stored rows, layers, k]` in the order of the batch, prompt rows of a
+    group once; `crc32` uint32 `[n]` over each trajectory's rows of this block and its tokens.
     """
 
     layers: tuple[int, ...]
@@ -186,9 +187,10 @@ class Batch:
     """Trajectories of one rollout call, packed into flat arrays with offset tables: a few large buffers.
 
     `tokens` int32 `[sum S]` with `token_offsets` int64 `[n + 1]`; `logprobs` float32 `[sum (S - prompt_len)]`
-    with `logprob_offsets`; `row_offsets` int64 `[n + 1]` into the routing rows, of which a trajectory without record
-    has none; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as objects of their
-    own, so that a pipeline stage fetches only its layers. Ray maps the arrays read-only into every reader on the node.
+    with `logprob_offsets`; `row_offsets` int64 `[n + 1]` over the routing rows of the records, of which a trajectory
+    without record has none; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as
+    objects of their own, so that a pipeline stage fetches only its layers. `stored` says where in them: prompt rows
+    that a group shares are there once. Ray maps the arrays read-only into every reader on the node.
     """
 
     tokens: TokenIds
@@ -203,6 +205,7 @@ class Batch:
     weight_versions: NDArray[np.int32]
     fingerprint: str
     row_offsets: NDArray[np.int64]
+    stored: StoredRows
     spans: tuple[tuple[Span, ...], ...]
     num_experts: int
     engine: str
@@ -222,6 +225,11 @@ class Batch:
                 f"trajectories of different models or engines cannot be packed together: {sorted(kinds)}"
             )
         layers, num_experts, _, engine, provenance = kinds.pop() if kinds else ((), 1, 0, "", "unknown")
+        stored = StoredRows.of(
+            [t.routing.experts if t.routing else None for t in trajectories],
+            [t.group for t in trajectories],
+            [t.prompt_len for t in trajectories],
+        )
         return cls(
             tokens=np.concatenate([np.empty(0, np.int32), *(t.tokens for t in trajectories)]),
             token_offsets=_offsets([len(t.tokens) for t in trajectories]),
@@ -235,11 +243,12 @@ class Batch:
             weight_versions=np.array([t.weight_version for t in trajectories], dtype=np.int32),
             fingerprint=trajectories[0].fingerprint if trajectories else "",
             row_offsets=_offsets([t.routing.rows if t.routing else 0 for t in trajectories]),
+            stored=stored,
             spans=tuple(t.routing.spans if t.routing else () for t in trajectories),
             num_experts=num_experts,
             engine=engine,
             provenance=provenance,
-            blocks=_split(trajectories, layer_blocks(layers, block_layers or len(layers))),
+            blocks=_split(trajectories, stored, layer_blocks(layers, block_layers or len(layers))),
         )
 
     def __len__(self) -> int:
@@ -251,13 +260,15 @@ class Batch:
         return sum(int(block.experts.nbytes) for block in self.blocks)
 
     def record(self, i: int) -> Record | None:
-        """Return the record of trajectory `i` as views into the blocks, None when it has none."""
-        begin, end = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
-        if begin == end:
+        """Return the record of trajectory `i`, None when it has none.
+
+        Its arrays are views into the blocks, or copies where it shares its prompt rows with an earlier one.
+        """
+        if not self.stored.count(i):
             return None
         blocks = (
             RoutingTrace(
-                experts=block.experts[begin:end],
+                experts=self.stored.take(i, block.experts),
                 layers=block.layers,
                 num_experts=self.num_experts,
                 spans=self.spans[i],
@@ -354,7 +365,9 @@ def layer_blocks(layers: Sequence[int], size: int) -> tuple[tuple[int, ...], ...
     return tuple(tuple(layers[begin : begin + size]) for begin in range(0, len(layers), size or 1))
 
 
-def _split(trajectories: Sequence[Trajectory], blocks: Sequence[tuple[int, ...]]) -> tuple[RoutingBlock, ...]:
+def _split(
+    trajectories: Sequence[Trajectory], stored: StoredRows, blocks: Sequence[tuple[int, ...]]
+) -> tuple[RoutingBlock, ...]:
     """Pack the records block by block; checksums of parts are new, so the whole record is verified before."""
     captured = [(t.routing, t.tokens) for t in trajectories if t.routing is not None]
     if len(blocks) > 1:
@@ -369,7 +382,10 @@ def _split(trajectories: Sequence[Trajectory], blocks: Sequence[tuple[int, ...]]
             else checksum(t.routing.experts[:, columns], t.tokens)
             for t in trajectories
         ]  # fmt: skip
-        experts = np.concatenate([trace.experts[:, columns] for trace, _ in captured])
+        experts = np.concatenate(
+            [t.routing.experts[shared:, columns] for t, shared in zip(trajectories, stored.shared[:, 1], strict=True)
+             if t.routing is not None]
+        )  # fmt: skip
         made.append(RoutingBlock(layers, experts, np.array(crc32, dtype=np.uint32)))
         begin = columns.stop
     return tuple(made)
