@@ -7,7 +7,7 @@ prefills come in chunks of 32 tokens and whose KV is small enough that requests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,20 @@ import pytest
 from r3.rollout.engine import Generation, Request, Sampling
 from r3.routing import Span
 from tests.engines import reference, scenarios
+from tests.engines.conftest import CHUNK
 from tests.tiny_model import EOS, VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
 
 Worker = Callable[..., Any]
 NEAR_TIE = 1e-5
-CHUNK, SLOTS = 32, 2048
 
 
-@pytest.fixture(scope="module", params=["overlap", "no overlap"])
-def engine(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -> Iterator[Worker]:
-    import ray
-
-    from tests.real_engine import StampingHost, engine_config
-
-    arguments = {
-        "disable_overlap_schedule": request.param == "no overlap",
-        "chunked_prefill_size": CHUNK,
-        # Admits far more than fits, so that running requests are retracted.
-        "schedule_conservativeness": 0.01,
-    }
-    config = engine_config(max_total_tokens=SLOTS, engine_args=arguments)
-    actor = ray.remote(StampingHost).options(num_cpus=1).remote(config, str(model_a), 0)
-
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=300)
-
-    call("start")
-    yield call
-    call("close")
-    ray.kill(actor)
+@pytest.fixture(scope="module")
+def engine(stamping: Worker, model_a: Path) -> Worker:
+    """The shared engine, with the weights that these tests expect."""
+    stamping("engine", "load_weights", model_a, 0)
+    return stamping
 
 
 def requests(count: int, seed: int, longest: int = 60) -> list[Request]:
