@@ -8,6 +8,7 @@ prefills come in chunks of 32 tokens and whose KV is small enough that requests 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from r3.rollout.engine import Generation, Request, Sampling
+from r3.rollout.turns import merge_turns, next_start
 from r3.routing import Span
 from tests.engines import reference, scenarios
 from tests.engines.conftest import CHUNK
@@ -129,3 +131,25 @@ def test_weights_that_change_between_two_turns(engine: Worker, model_a: Path, mo
     assert_contract(model_b, second)
     assert {answer.stale for answer in [*first, *second]} == {()}
     assert {span.weight_version for answer in second for span in answer.routing.spans} == {7}
+
+
+def test_a_second_turn_asks_for_its_own_rows_alone(engine: Worker, model_a: Path) -> None:
+    engine("engine", "load_weights", model_a, 8)
+    first = generate(engine, requests(16, seed=8), tokens=8)
+    prompts = [
+        Request(np.append(a.tokens, [9, 8]).astype(np.int32), routing_start=next_start(a.routing)) for a in first
+    ]
+    # SGLang takes one start for a batch: the rows of longer first turns are cut after they came.
+    assert len({request.routing_start for request in prompts}) > 4
+    second = generate(engine, prompts, tokens=8)
+
+    for request, after in zip(prompts, second, strict=True):
+        assert after.routing.rows == len(after.tokens) - 1 - request.routing_start
+        assert after.routing.provenance == "exact"
+        assert after.routing.spans == (Span(request.routing_start, len(after.tokens) - 1, 8),)
+    whole = [
+        replace(after, routing=merge_turns(before.routing, after.routing, after.tokens))
+        for before, after in zip(first, second, strict=True)
+    ]
+    assert_contract(model_a, whole)
+    assert {answer.stale for answer in second} == {()}
