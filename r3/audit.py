@@ -26,7 +26,8 @@ MIN_ROWS = 32
 # A router that sends every token the same way fits every lag alike, up to this much noise.
 LAG_SLACK = 0.05
 
-Rule = Literal["lag", "overlap", "layer", "window"]
+# The first four are those of this module, the others those of `r3.alarms`.
+Rule = Literal["lag", "overlap", "layer", "window", "k3", "load", "dead", "drift"]
 _PARTS = {
     "router/lag0_overlap": "all rows",
     "router/overlap_prompt": "prompt rows",
@@ -38,7 +39,8 @@ _PARTS = {
 class Alarm:
     """One broken rule. `layer`: global index of an MoE layer; `window`: its first recorded row, counted over the step.
 
-    `value` is the overlap that was found and `threshold` the one that it had to reach, both in [0, 1].
+    `value` is what was found and `threshold` what it had to reach: of the audit an overlap in [0, 1], of the rules of
+    `r3.alarms` the limit that it had to stay within.
     """
 
     rule: Rule
@@ -87,7 +89,7 @@ def overlap_metrics(counts: RouterCounts, layers: Sequence[int], windows: NDArra
     """
     # All rows, those of the prompts, those of sampled tokens: [layers, lags, 3].
     sums, pairs = _with_all(counts.overlap), _with_all(counts.overlap_pairs)
-    if not pairs[:, :, 0].all():
+    if not layers or not pairs[:, :, 0].all():
         return {}
     known = pairs.min((0, 1)) >= MIN_ROWS
     known[0] = True
