@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 EXTREME_RATIOS = (1.2, 1.5, 2.0, 5.0)
 # exp() of a log-ratio beyond 20 only overflows; verl clamps at the same value.
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 # Windows of rows that the audit of one pass looks at, at most (`r3.audit`).
 AUDIT_WINDOWS = 32
 
@@ -51,7 +51,7 @@ def mismatch(train: ArrayLike, rollout: ArrayLike, lengths: ArrayLike) -> dict[s
         "abs_p99": float(np.quantile(size, 0.99)),
         "abs_max": float(size.max()),
         **{f"extreme_{_name(tau)}": float(np.mean(size > np.log(tau))) for tau in EXTREME_RATIOS},
-        "mult_prob_error": float(np.mean(np.exp(np.minimum(size, _MAX_LOG_RATIO)))),
+        "mult_prob_error": float(np.mean(np.exp(np.minimum(size, MAX_LOG_RATIO)))),
         "pearson": pearson(np.exp(lp_train), np.exp(lp_rollout)),
         **sequence_mismatch(d, np.asarray(lengths, np.int64)),
     }
@@ -62,7 +62,7 @@ def k3_terms(d: Floats) -> Floats:
 
     Its mean over rollout samples is unbiased for KL(rollout || train).
     """
-    clamped = np.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    clamped = np.clip(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return np.expm1(clamped) - clamped
 
 
@@ -78,8 +78,8 @@ def sequence_mismatch(d: Floats, lengths: NDArray[np.int64]) -> dict[str, float]
     """
     lengths = lengths[lengths > 0]
     sums = np.add.reduceat(d, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
-    rho = np.exp(np.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    weights = np.exp(np.clip(sums, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    rho = np.exp(np.clip(d, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    weights = np.exp(np.clip(sums, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     return {
         "log_ppl_diff": float(np.mean(-sums / lengths)),
         "chi2_token": float(np.mean(rho * rho) - 1),

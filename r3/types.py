@@ -26,8 +26,9 @@ DENSE = "qwen3"
 class ModelSpec:
     """The facts of a checkpoint that engine and trainer must agree on.
 
-    A dense Qwen3, the control of a Mixture-of-Experts model, has no MoE layers, 0 experts and a top-k of 0. `moe_layers`: global index of every layer that has a router, ascending. `fingerprint`: sha256 over all other fields;
-    it travels with every trajectory.
+    `moe_layers`: global index of every layer that has a router, ascending. A dense Qwen3, the control of a
+    Mixture-of-Experts model, has none, 0 experts and a top-k of 0. `fingerprint`: sha256 over all other fields; it
+    travels with every trajectory.
     """
 
     model_type: str
@@ -104,8 +105,8 @@ class ModelSpec:
         """Raise `ConfigError` for a dense model, which has no routing to capture."""
         if not self.moe_layers:
             raise ConfigError(
-                f"model {model} is dense: there is no routing to capture; name a Mixture-of-Experts model, or run it as "
-                "a control with routing.capture=false replay.mode=none"
+                f"model {model} is dense: there is no routing to capture; name a Mixture-of-Experts model, or run it "
+                "as a control with routing.capture=false replay.mode=none"
             )
 
     def require_same(self, other: ModelSpec, ours: str, theirs: str) -> None:

@@ -1,4 +1,4 @@
-"""Builds a built-in model: random Qwen3-MoE or its dense twin, local tokenizer, supervised until a measured sampled reward is reached.
+"""Builds a built-in model: random Qwen3-MoE (or dense twin), tokenizer, supervised until a measured sampled reward.
 
 Run by `r3.builtin` as `python -m r3.warmstart --recipe JSON --out DIR`, so that torch and transformers stay out of the
 caller. Progress goes to stderr; stdout holds the reason when it fails.
