@@ -1,4 +1,4 @@
-"""What a Qwen3-MoE, Mixtral or, as a control, dense Qwen3 checkpoint is made of; which features are refused; no torch."""
+"""What a Qwen3-MoE, Mixtral or (as a control) dense Qwen3 checkpoint is made of, and what of it is refused."""
 
 from __future__ import annotations
 
