@@ -83,6 +83,12 @@ def choose_windows(rows: int, turn: int) -> NDArray[np.int64]:
 def overlap_metrics(counts: RouterCounts, layers: Sequence[int], windows: NDArray[np.int64]) -> dict[str, float]:
     """Return the `router/*` overlaps of one audited pass, empty where nothing was compared.
 
+    The overlap of a row and layer is |recorded & own top-k| / k, in [0, 1]; a mean is over rows, then layers.
+    `lag0_overlap`: of the record as it stands, above 0.95 in a healthy run. `lag_margin`: that minus the better of the
+    record shifted by -1 or +1 rows, in [-1, 1], positive. `overlap_prompt`, `overlap_sampled`: at lag 0 of one kind of
+    rows. `overlap_window_min`: the lowest mean of a window; `overlap_window_row`: its first recorded row.
+    `audited_rows`: how many were compared. Source: the checks of docs/detection.md; no peer logs them.
+
     The numbers of a layer are those of prompt or of sampled tokens, whichever overlap less: the rows of a prompt that
     many requests share fit the record of any of them, and outnumber the others.
     `layers`: global index of each MoE layer; `windows` `[n, 2]`: what `choose_windows` returned for the pass.

@@ -147,7 +147,15 @@ def measures_native(config: Config, step: int) -> bool:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return `rollout/*`, `transport/*` and the sample counts of one step, from the driver's small facts."""
+    """Return `rollout/*`, `transport/*` and the sample counts of one step, from the driver's small facts.
+
+    - `rollout/reward_mean`, `reward_std` (population): over the samples. `response_tokens_mean`: tokens a sample, the
+      stop token included. `truncated_frac`: share of samples that met `rollout.max_new_tokens`, in [0, 1].
+    - `rollout/tokens_per_s`: response tokens / seconds of the slowest worker.
+    - `router/dropped_samples`, `native_samples`, `stale_rows`: counts; 0 in a healthy run.
+    - `transport/routing_bytes`: of all records; `bytes_per_token`: a row of them, layers x top-k x 1 or 2;
+      `transport/put_s`, `time/checks_s`: seconds of the slowest worker.
+    """
     responses = np.array([fact.response_tokens for fact in rollout.facts])
     return {
         "rollout/reward_mean": float(rollout.rewards.mean()),
