@@ -35,14 +35,17 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `values`: estimates by column; `alarms`: rules that a training step would raise."""
+    """One line of the table.
+
+    `values`: estimates by column; `alarms`: rules that a training step would raise, None where none was applied.
+    """
 
     key: str
     name: str
     tokens: int
     sequences: int
     values: Mapping[str, Estimate]
-    alarms: tuple[str, ...] = ()
+    alarms: tuple[str, ...] | None = None
 
 
 def cluster_sums(d: Floats, lengths: Ints, clusters: Ints) -> Floats:
@@ -163,7 +166,8 @@ def markdown(rows: Sequence[Row]) -> Iterator[str]:
     yield "|" + "---|" * (len(names) + 1)
     for row in rows:
         cells = [_cell(row.values.get(key), form, "95 %" in name) for key, name, form in _COLUMNS]
-        cells += [", ".join(row.alarms) or "none"] if alarmed else []
+        if alarmed:
+            cells.append("" if row.alarms is None else ", ".join(row.alarms) or "none")
         yield f"| {row.name} | " + " | ".join(cells) + " |"
 
 

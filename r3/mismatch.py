@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -113,7 +114,7 @@ def _report(options: argparse.Namespace, config: Config, dense: Config | None) -
         "seed": config.run.seed,
         "temperature": config.rollout.temperature,
         "rows": [asdict(row) for row in rows],
-        "factors": {name: None if found is None else asdict(found) for name, found in ratios.items()},
+        "factors": {name: _finite(found) for name, found in ratios.items()},
         "studies": {name: study.facts for name, study in studies.items()},
     }
 
@@ -165,6 +166,13 @@ def _summary(rows: Sequence[Row], ratios: dict[str, Estimate | None]) -> Iterato
             yield f"{name}: {found.value:.3g} (too few prompts for an interval)"
         else:
             yield f"{name}: {found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+
+
+def _finite(found: Estimate | None) -> dict[str, float | None] | None:
+    """Return an estimate for JSON, which knows no infinity: an end that is unbounded is null."""
+    if found is None:
+        return None
+    return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(found).items()}
 
 
 def say(text: str) -> None:

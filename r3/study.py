@@ -69,7 +69,7 @@ class Collected:
         if disagrees:
             values |= estimates(np.stack(self.passes), disagreement_of)
         sequences = sum(len(lengths) for lengths in self.lengths)
-        alarms = tuple(sorted(self.alarms))
+        alarms = tuple(sorted(self.alarms)) if variant.control else None
         return Row(variant.key, variant.name, int(sums[:, 0].sum()), sequences, values, alarms)
 
 
@@ -147,16 +147,18 @@ def measure(
         rollout = pool.generate(_prompts(config, task, number), number)
         generating += rollout.seconds
         now = variants if done < control_tokens else tuple(v for v in variants if not v.control)
+        sampled = 0
         for change in dict.fromkeys(variant.change for variant in now):
             chosen = [variant for variant in now if variant.change is change]
             batches = rollout.batches if change is None else _changed(rollout.batches, change)
             answers = trainers.measure([variant.use for variant in chosen], batches)
+            sampled = len(answers.rollout)
             for variant, one in zip(chosen, answers.passes, strict=True):
                 collected = found[variant.key]
                 collected.add(answers, one, number * size, len(spec.moe_layers))
                 if variant.use.audit:
                     collected.alarms |= {a.rule for a in find_alarms(one.overlaps, config.routing.min_overlap)}
-        done += rollout.response_tokens
+        done += sampled
         say(f"round {number}: {done:,} of {tokens:,} response tokens, {time.perf_counter() - begin:.0f} s")
     for variant in variants:
         collected = found[variant.key]

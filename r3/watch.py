@@ -14,6 +14,7 @@ from r3.canary import Alert
 from r3.checkpoint import replace_text
 from r3.config import Config
 from r3.errors import DivergenceError
+from r3.metrics import Floats
 from r3.run import RunDirectory
 from r3.types import ModelSpec, StepResult
 
@@ -58,7 +59,7 @@ class Watch:
             text = "; ".join(alarm.sentence for alarm in found)
             raise DivergenceError(f"step {result.step}: {text} (metrics.on_alarm: stop)")
 
-    def _drift(self, result: StepResult) -> np.ndarray | None:  # type: ignore[type-arg]
+    def _drift(self, result: StepResult) -> Floats | None:
         return self._early.drift(result.step, _loads(result), self._config.early_steps)
 
 
