@@ -350,8 +350,8 @@ class MetricsConfig(Section):
     """On those steps also replay the routing that the trainer chose itself in that pass (`mismatch_r2/*`)."""
     on_alarm: Literal["warn", "stop"] = "warn"
     """An alarm of the `alarm_*` keys below: log it, or also stop the run (exit code 6) behind the step."""
-    alarm_k3: float = Field(0.05, gt=0)
-    """Alarm when `mismatch/k3` exceeds this, in nats; a misaligned record gives 0.05 and more."""
+    alarm_k3: float = Field(0.01, gt=0)
+    """Alarm when `mismatch/k3` exceeds this, in nats; wrong records and gates give more, healthy MoE stacks less."""
     alarm_load: float = Field(10.0, gt=1)
     """Alarm when the most loaded expert of a layer gets this many times the mean; experts / top-k is the most."""
     alarm_dead: float = Field(0.5, gt=0, lt=1)

@@ -64,8 +64,8 @@ def study_config(options: argparse.Namespace) -> Config:
     overrides += [f"rollout.dtype={options.engine_dtype}"] if options.engine_dtype else []
     overrides += [f"trainer.dtype={options.trainer_dtype}"] if options.trainer_dtype else []
     config = load_config(options.config, overrides)
-    if not config.routing.capture:
-        raise ConfigError("routing.capture is false; without records there is nothing to replay in the table")
+    if not config.routing.capture and (options.controls or options.noise or options.dense):
+        raise ConfigError("routing.capture is false: the table has one row, without --controls, --noise and --dense")
     if options.tokens < 1 or options.control_tokens < 1:
         raise ConfigError(f"--tokens {options.tokens} --control-tokens {options.control_tokens}: both must be positive")
     if options.out is not None and not options.out.absolute().parent.is_dir():
@@ -130,7 +130,8 @@ def _study(config: Config, options: argparse.Namespace, extra: Sequence[Any]) ->
     with actors(config, str(model)) as (pool, trainers):
         found = measure(
             config, task, pool, trainers,
-            tokens=options.tokens, control_tokens=options.control_tokens, extra=extra, say=say,
+            tokens=options.tokens, control_tokens=options.control_tokens, seconds=options.max_seconds,
+            extra=extra, say=say,
         )  # fmt: skip
     require_measured(found)
     return found
@@ -148,11 +149,11 @@ def _rows(studies: dict[str, Study]) -> Iterator[Row]:
 
 
 def _factors(studies: dict[str, Study]) -> Iterator[tuple[str, Estimate | None]]:
-    sums = {key: studies["moe"].found[key].sums() for key in ("native", "r3")}
+    sums = {key: found.sums() for key, found in studies["moe"].found.items() if key in ("native", "r3")}
     if "dense" in studies:
         sums["dense"] = studies["dense"].found["native"].sums()
     for column, above, below, name in _FACTORS:
-        if below in sums:
+        if above in sums and below in sums:
             yield name, factor(sums[above], sums[below], column, paired=below != "dense")
 
 
@@ -192,6 +193,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine-dtype", choices=DTYPES, help="dtype of the engine (default: rollout.dtype)")
     parser.add_argument("--trainer-dtype", choices=DTYPES[:2], help="dtype of the trainer (default: trainer.dtype)")
     parser.add_argument("--tokens", type=int, default=20_000, metavar="N", help="response tokens (default 20000)")
+    parser.add_argument(
+        "--max-seconds", type=float, default=math.inf, metavar="S",
+        help="stop sampling behind the round that passes this, and report what there is (of each model)",
+    )  # fmt: skip
     parser.add_argument(
         "--dense", metavar="MODEL", help="dense Qwen3 directory, or builtin:tiny-qwen3: the floor without routers"
     )

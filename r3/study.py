@@ -75,17 +75,17 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Everything measured of one model; `facts`: engine, versions, seconds."""
+    """Everything measured of one model; `compared`: there were records; `facts`: engine, versions, seconds."""
 
     variants: tuple[Variant, ...]
     found: Mapping[str, Collected]
-    spec: ModelSpec
+    compared: bool
     facts: Mapping[str, object]
 
     def rows(self) -> Iterator[Row]:
         """Yield the lines of the table."""
         for variant in self.variants:
-            yield self.found[variant.key].row(variant, disagrees=bool(self.spec.moe_layers))
+            yield self.found[variant.key].row(variant, disagrees=self.compared)
 
 
 def replay_variants(spec: ModelSpec) -> tuple[Variant, ...]:
@@ -129,20 +129,21 @@ def measure(
     *,
     tokens: int,
     control_tokens: int,
+    seconds: float,
     extra: Sequence[Variant],
     say: Say,
 ) -> Study:
-    """Generate until there are `tokens` response tokens and recompute them under every variant.
+    """Generate until there are `tokens` response tokens, or `seconds` passed, and recompute them under every variant.
 
     `extra` variants see the first `control_tokens` only. Raises what engine and trainer raise.
     """
     spec = trainers.spec()
     native = Variant("native", "native", RoutingUse(force=False))
-    variants = (*(replay_variants(spec) if spec.moe_layers else (native,)), *extra)
+    variants = (*(replay_variants(spec) if config.routing.capture else (native,)), *extra)
     found = {variant.key: Collected() for variant in variants}
     size, begin = config.rollout.prompts_per_step, time.perf_counter()
     done, generating, number = 0, 0.0, 0
-    while done < tokens:
+    while done < tokens and time.perf_counter() - begin < seconds:
         number += 1
         rollout = pool.generate(_prompts(config, task, number), number)
         generating += rollout.seconds
@@ -171,7 +172,7 @@ def measure(
         "generate_s": generating,
         "recompute_s": {variant.key: found[variant.key].seconds for variant in variants},
     }
-    return Study(variants, found, spec, facts)
+    return Study(variants, found, config.routing.capture, facts)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 from r3 import controls
+from r3.audit import find_alarms
 from r3.errors import RoutingError
+from r3.routing import RoutingTrace, Span, checksum
 from r3.trainer.outcome import Recomputed
 from r3.trainer.use import RouterFault, RoutingUse
 from r3.trainer.worker import TrainerWorker
 from r3.types import Batch, ModelSpec, Trajectory
-from tests.megatron.test_worker import faithful_batch, run_step
+from tests.megatron.layouts import worker_in
+from tests.megatron.test_worker import faithful_batch, hf_logprobs, run_step
 from tests.megatron.toys import joined_worker, make_advantages, make_batch, make_config, write_dense
 
 pytestmark = pytest.mark.megatron
@@ -67,8 +71,6 @@ def test_own_routing_replayed_is_the_native_pass(worker: TrainerWorker, model_di
 
 @pytest.mark.parametrize("mode", ["r3", "none"])
 def test_a_step_reports_r2_beside_the_others(model_dir: Path, mode: str) -> None:
-    from tests.megatron.layouts import worker_in
-
     config = make_config(metrics={"counterfactual_r2": True}, replay={"mode": mode})
     worker = worker_in(config, model_dir)
     report = run_step(worker, make_batch(worker.spec()), counterfactual=True).metrics
@@ -101,10 +103,6 @@ def test_replay_of_sampled_rows_leaves_the_prompt_to_the_trainer(worker: Trainer
 
 
 def _only_sampled(answer: Trajectory, spec: ModelSpec) -> Trajectory:
-    from dataclasses import replace
-
-    from r3.routing import RoutingTrace, Span, checksum
-
     assert answer.routing is not None
     experts = np.ascontiguousarray(answer.routing.experts[answer.prompt_len :])
     experts.flags.writeable = False
@@ -114,6 +112,7 @@ def _only_sampled(answer: Trajectory, spec: ModelSpec) -> Trajectory:
         num_experts=spec.num_experts,
         spans=(Span(answer.prompt_len, len(answer.tokens) - 1, 0),),
         engine="test",
+        provenance="unknown",
         crc32=checksum(experts, answer.tokens),
     )
     return replace(answer, routing=trace)
@@ -152,12 +151,11 @@ def test_noise_moves_the_own_choice_and_not_replay(worker: TrainerWorker) -> Non
     flips = [one.counts.disagree_any for one in native]
     assert flips[0] == 0 < flips[1] < flips[2]
     for one in replayed:
-        assert np.array_equal(one.logprobs, replayed[0].logprobs)
+        # The last tokens, which no log-prob depends on, route otherwise, so the experts' products are cut otherwise.
+        assert np.abs(one.logprobs - replayed[0].logprobs).max() < 1e-5
 
 
 def test_wrong_records_raise_the_rules_of_the_audit(worker: TrainerWorker) -> None:
-    from r3.audit import find_alarms
-
     batch = faithful_batch(worker, noise=1e-3)
     audited = RoutingUse(force=True, audit=True)
     right = measured(worker, [audited], batch)
@@ -177,16 +175,12 @@ def test_a_missing_record_cannot_be_forced(worker: TrainerWorker) -> None:
 
 
 def test_a_dense_model_is_measured_and_trained_without_routing(tmp_path: Path) -> None:
-    from tests.megatron.layouts import worker_in
-
     directory = write_dense(tmp_path / "dense")
     spec = ModelSpec.from_directory(directory)
     config = make_config(rollout={"dtype": "float32"}, routing={"capture": False}, replay={"mode": "none"})
     worker = worker_in(config, directory)
     batch = make_batch(spec, routing=False)
     found = measured(worker, [NATIVE], batch)
-    from tests.megatron.test_worker import hf_logprobs
-
     first = batch.trajectory(0)
     expected = hf_logprobs(directory, first, config.rollout.temperature)
     assert np.abs(found.passes[0].logprobs[: len(expected)] - expected).max() < 1e-5

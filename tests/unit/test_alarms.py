@@ -112,14 +112,14 @@ def test_alarms_are_events_and_alerts_and_stop_the_run_when_asked(
         Watch(Config(), SPEC, run, alert).check({"mismatch/k3": 0.2}, result(7, EVEN))
     (event,) = read_rows(run.path / "events.jsonl")
     assert (event["event"], event["step"], event["rule"], event["value"]) == ("metrics_alarm", 7, "k3", 0.2)
-    assert event["threshold"] == 0.05
+    assert event["threshold"] == 0.01
     assert told == [(7, "k3")]
-    assert "step 7: mismatch/k3 is 0.2 nats, limit 0.05" in caplog.text
+    assert "step 7: mismatch/k3 is 0.2 nats, limit 0.01" in caplog.text
     stopping = load_config(None, ["metrics.on_alarm=stop"])
     with pytest.raises(DivergenceError, match=r"step 8: mismatch/k3.*metrics\.on_alarm: stop"):
         Watch(stopping, SPEC, run, alert).check({"mismatch/k3": 0.2}, result(8, EVEN))
     assert len(read_rows(run.path / "events.jsonl")) == 2
-    Watch(stopping, SPEC, run, alert).check({"mismatch/k3": 0.01}, result(9, EVEN))
+    Watch(stopping, SPEC, run, alert).check({"mismatch/k3": 0.009}, result(9, EVEN))
 
 
 class Wandb:

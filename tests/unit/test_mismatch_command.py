@@ -53,7 +53,7 @@ def test_help_is_complete_and_light(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["rollout.dtyp=float32"], "rollout.dtype"),
-        (["routing.capture=false", "replay.mode=none"], "nothing to replay"),
+        (["routing.capture=false", "replay.mode=none", "--controls"], "the table has one row"),
         (["--tokens", "0"], "must be positive"),
         (["--out", "no/such/folder/t.json"], "is no directory"),
         (["model=/no/such/model"], "config.json does not exist"),
@@ -99,22 +99,22 @@ def test_the_variants_are_what_their_names_say() -> None:
     ]
 
 
-def study(scale: float, spec: ModelSpec, variants: tuple[Variant, ...], seed: int = 0) -> Study:
+def study(scale: float, compared: bool, variants: tuple[Variant, ...], seed: int = 0) -> Study:
     """A study whose d is normal, `scale` natively and half of it under replay."""
     generator, found = np.random.default_rng(seed), {}
     for variant in variants:
         d = generator.normal(0, scale * (0.5 if variant.use.force else 1), 400)
         size = np.full(100, 4, np.int64)
         found[variant.key] = Collected([d], [size], [np.arange(100) // 2], [np.array([10.0, 40, 4, 2])])
-    return Study(variants, found, spec, {"rounds": 1})
+    return Study(variants, found, compared, {"rounds": 1})
 
 
 def test_the_report_has_every_row_and_factor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moe = study(0.2, SPEC, (*replay_variants(SPEC), *control_variants([], records=True)))
+    moe = study(0.2, True, (*replay_variants(SPEC), *control_variants([], records=True)))
     moe.found["control_shift"].alarms.update({"lag", "k3"})
-    plain = study(0.1, ModelSpec("qwen3", 4, (), 0, 0, 128, 320), (Variant("native", "native", RoutingUse(False)),))
+    plain = study(0.1, False, (Variant("native", "native", RoutingUse(False)),))
     monkeypatch.setattr(mismatch, "_study", lambda config, *_: plain if config.model.path == "twin" else moe)
     config = mismatch.study_config(options())
     report = mismatch._report(options(dense="twin"), config, mismatch.dense_config(config, "twin"))
