@@ -194,7 +194,9 @@ class Policy:
         for report in ran.reports:
             flat[report["targets"].cpu().numpy()] = report["logprobs"].detach().cpu().numpy()
         own = zip(microbatches, ran.own, strict=True) if use is not None and use.keep else ()
-        kept = tuple(_with_own(one, ids, self.arch.spec.num_experts) for one, ids in own if ids)
+        # By what all ranks know alike: a stage without an MoE layer of its own must run the passes of the others.
+        experts = self.arch.spec.num_experts
+        kept = tuple(_with_own(one, ids, experts) for one, ids in own if one.experts is not None)
         return LogprobPass(flat, ran.counts, ran.replay_s, kept)
 
     def _run(
@@ -301,6 +303,8 @@ def _routing(
 
 def _with_own(microbatch: MicroBatch, ids: Mapping[int, torch.Tensor], num_experts: int) -> MicroBatch:
     """Return the microbatch with the model's own choice, `[s * b, k]` by local layer, as the record of every row."""
+    if not ids:
+        return microbatch
     b, rows = microbatch.pads.shape
     joined = torch.stack([ids[column] for column in sorted(ids)], 1).cpu().numpy().astype(expert_dtype(num_experts))
     experts = np.ascontiguousarray(joined.reshape(rows, b, *joined.shape[1:]).swapaxes(0, 1))
