@@ -18,9 +18,10 @@ from r3.trainer.outcome import Recomputed
 from r3.trainer.use import RouterFault, RoutingUse
 from r3.trainer.worker import TrainerWorker
 from r3.types import Batch, ModelSpec, Trajectory
-from tests.megatron.layouts import worker_in
+from tests.gloo_pool import GlooPool
+from tests.megatron.layouts import PP, layout_config, step_of_layout, worker_in
 from tests.megatron.test_worker import faithful_batch, hf_logprobs, run_step
-from tests.megatron.toys import joined_worker, make_advantages, make_batch, make_config, write_dense
+from tests.megatron.toys import joined_worker, make_advantages, make_batch, make_config, write_dense, write_model
 
 pytestmark = pytest.mark.megatron
 NATIVE, R3 = RoutingUse(force=False), RoutingUse(force=True)
@@ -188,3 +189,14 @@ def test_a_dense_model_is_measured_and_trained_without_routing(tmp_path: Path) -
     assert result is not None
     assert result.metrics["train/grad_norm"] > 0
     assert not any(key.startswith("router/") for key in result.metrics)
+
+
+def test_a_stage_without_moe_layers_keeps_step(worker: TrainerWorker, gloo_pool: GlooPool, tmp_path: Path) -> None:
+    """The first of two pipeline stages has no router: it runs every measuring pass all the same."""
+    directory = write_model(tmp_path / "late", mlp_only_layers=[0, 1])
+    batch = make_batch(ModelSpec.from_directory(directory))
+    r2 = {"counterfactual_r2": True}
+    alone = run_step(worker_in(make_config(metrics=r2), directory), batch, counterfactual=True).metrics
+    found, _ = gloo_pool.run(step_of_layout, layout_config(PP, 2, metrics=r2), directory, batch)
+    for key in ("mismatch/k3", "mismatch_native/k3", "mismatch_r2/k3"):
+        assert found[key] == pytest.approx(alone[key], rel=1e-4), key
