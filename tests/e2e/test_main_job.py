@@ -78,7 +78,7 @@ def test_every_step_is_measured_three_ways_and_raises_no_alarm(replayed: tuple[P
         assert row["mismatch_r2/k3"] == pytest.approx(row["mismatch_native/k3"], rel=0.01)
         assert row["router/dead_layers"] == 0
         assert 1 < row["router/load_max_over_mean"] <= 4
-        assert 0 < row["time/counterfactual_s"]
+        assert row["time/counterfactual_s"] > 0
         assert row["time/step_s"] > row["time/train_s"] + row["time/generate_s"]
     assert ["router/load_drift" in row for row in rows] == [False, False, True]
     assert 0 < rows[2]["router/load_drift"] < 0.3
