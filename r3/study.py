@@ -143,23 +143,12 @@ def measure(
     found = {variant.key: Collected() for variant in variants}
     size, begin = config.rollout.prompts_per_step, time.perf_counter()
     done, generating, number = 0, 0.0, 0
-    while done < tokens and time.perf_counter() - begin < seconds:
+    while not done or (done < tokens and time.perf_counter() - begin < seconds):
         number += 1
         rollout = pool.generate(_prompts(config, task, number), number)
         generating += rollout.seconds
-        now = variants if done < control_tokens else tuple(v for v in variants if not v.control)
-        sampled = 0
-        for change in dict.fromkeys(variant.change for variant in now):
-            chosen = [variant for variant in now if variant.change is change]
-            batches = rollout.batches if change is None else _changed(rollout.batches, change)
-            answers = trainers.measure([variant.use for variant in chosen], batches)
-            sampled = len(answers.rollout)
-            for variant, one in zip(chosen, answers.passes, strict=True):
-                collected = found[variant.key]
-                collected.add(answers, one, number * size, len(spec.moe_layers))
-                if variant.use.audit:
-                    collected.alarms |= {a.rule for a in find_alarms(one.overlaps, config.routing.min_overlap)}
-        done += sampled
+        now = [variant for variant in variants if done < control_tokens or not variant.control]
+        done += _recompute(config, trainers, rollout.batches, now, found, number * size)
         say(f"round {number}: {done:,} of {tokens:,} response tokens, {time.perf_counter() - begin:.0f} s")
     for variant in variants:
         collected = found[variant.key]
@@ -173,6 +162,30 @@ def measure(
         "recompute_s": {variant.key: found[variant.key].seconds for variant in variants},
     }
     return Study(variants, found, config.routing.capture, facts)
+
+
+def _recompute(
+    config: Config,
+    trainers: TrainerGroup,
+    batches: Sequence[BatchRef],
+    variants: Sequence[Variant],
+    found: Mapping[str, Collected],
+    first_cluster: int,
+) -> int:
+    """Add one round to every variant in `found` and return its response tokens."""
+    tokens, layers = 0, len(trainers.spec().moe_layers)
+    for change in dict.fromkeys(variant.change for variant in variants):
+        chosen = [variant for variant in variants if variant.change is change]
+        answers = trainers.measure(
+            [variant.use for variant in chosen], batches if change is None else _changed(batches, change)
+        )
+        tokens = len(answers.rollout)
+        for variant, one in zip(chosen, answers.passes, strict=True):
+            collected = found[variant.key]
+            collected.add(answers, one, first_cluster, layers)
+            if variant.use.audit:
+                collected.alarms |= {alarm.rule for alarm in find_alarms(one.overlaps, config.routing.min_overlap)}
+    return tokens
 
 
 @contextmanager
