@@ -23,6 +23,7 @@ _OWN = (
     "events.jsonl",
     "status.json",
     "curves.png",
+    "expert_load.json",
     "hf",
     "wandb",
     "report.html",
@@ -88,6 +89,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object per step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def expert_load(self) -> Path:
+        """Expert loads of the early steps, for `metrics.alarm_drift`."""
+        return self.path / "expert_load.json"
 
     def routing(self, step: int) -> Path:
         """The routing records of one step, where `routing.save_every` saves them."""

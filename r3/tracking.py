@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r3.audit import Alarm
 from r3.config import Config, TrackingConfig
 from r3.errors import ConfigError
 from r3.run import RunDirectory
@@ -45,6 +46,14 @@ class Tracker:
             try:
                 self._wandb.log(row)
             except Exception as error:  # noqa: BLE001 - the tracker is a guest: whatever it raises must not end a run
+                self._give_up(error)
+
+    def alert(self, step: int, alarm: Alarm) -> None:
+        """Send an alarm as a W&B alert, which reaches the people that the project notifies."""
+        if self._wandb is not None:
+            try:
+                self._wandb.alert(title=f"r3: {alarm.rule}", text=f"step {step}: {alarm.sentence}", level="WARN")
+            except Exception as error:  # noqa: BLE001 - as in `log`
                 self._give_up(error)
 
     def close(self, exit_code: int) -> None:

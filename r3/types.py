@@ -19,14 +19,17 @@ from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, chec
 
 Finish = Literal["stop", "length", "abort"]
 WeightVersion = int
+# The model type of the one dense family that is supported, as a control.
+DENSE = "qwen3"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The facts of a Mixture-of-Experts checkpoint that engine and trainer must agree on.
+    """The facts of a checkpoint that engine and trainer must agree on.
 
-    `moe_layers`: global index of every layer that has a router, ascending. `fingerprint`: sha256 over all other fields;
-    it travels with every trajectory.
+    `moe_layers`: global index of every layer that has a router, ascending. A dense Qwen3, the control of a
+    Mixture-of-Experts model, has none, 0 experts and a top-k of 0. `fingerprint`: sha256 over all other fields; it
+    travels with every trajectory.
     """
 
     model_type: str
@@ -58,10 +61,13 @@ class ModelSpec:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, object], source: str = "config.json") -> ModelSpec:
-        """Derive the spec from a Hugging Face `config.json`; raise `ConfigError` unless Qwen3-MoE or Mixtral."""
+        """Derive the spec from a Hugging Face `config.json`; raise `ConfigError` unless Qwen3(-MoE) or Mixtral."""
         model_type = config.get("model_type")
-        if model_type not in ("qwen3_moe", "mixtral"):
-            raise ConfigError(f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe', 'mixtral'")
+        if model_type not in ("qwen3_moe", "mixtral", DENSE):
+            raise ConfigError(
+                f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe', 'mixtral', and as a dense control "
+                f"without routing {DENSE!r}"
+            )
 
         def integer(key: str, default: int | None = None) -> int:
             value = config.get(key, default)
@@ -70,6 +76,8 @@ class ModelSpec:
             return value
 
         num_layers = integer("num_hidden_layers")
+        if model_type == DENSE:
+            return cls(DENSE, num_layers, (), 0, 0, integer("hidden_size"), integer("vocab_size"))
         # Every layer of a Mixtral is an MoE layer, whatever keys of other models its config carries.
         sparse_step = integer("decoder_sparse_step", 1) if model_type == "qwen3_moe" else 1
         dense = (config.get("mlp_only_layers") or []) if model_type == "qwen3_moe" else []
@@ -92,7 +100,15 @@ class ModelSpec:
 
     def routing_bytes(self, tokens: int) -> int:
         """Bytes of routing record for `tokens` rows."""
-        return tokens * len(self.moe_layers) * self.top_k * expert_dtype(self.num_experts).itemsize
+        return tokens * len(self.moe_layers) * self.top_k * expert_dtype(max(self.num_experts, 1)).itemsize
+
+    def require_routers(self, model: str) -> None:
+        """Raise `ConfigError` for a dense model, which has no routing to capture."""
+        if not self.moe_layers:
+            raise ConfigError(
+                f"model {model} is dense: there is no routing to capture; name a Mixture-of-Experts model, or run it "
+                "as a control with routing.capture=false replay.mode=none"
+            )
 
     def require_same(self, other: ModelSpec, ours: str, theirs: str) -> None:
         """Raise `ConfigError` that lists every differing field unless `other` describes the same model."""
@@ -317,13 +333,15 @@ class Batch:
 class StepResult:
     """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights.
 
-    `alarms`: what the audit found, where `routing.on_alarm` only warns.
+    `alarms`: what the audit found, where `routing.on_alarm` only warns. `loads` int64 `[layers, experts]`: how often
+    the records of the step chose each expert, zeros without a record.
     """
 
     step: int
     weight_version: WeightVersion
     metrics: Mapping[str, float]
     alarms: tuple[Alarm, ...] = ()
+    loads: NDArray[np.int64] | None = None
 
 
 class TensorSlot(NamedTuple):

@@ -238,8 +238,8 @@ class _Whole:
         self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
         self.pads, self.sampled = np.ones(shape, np.bool_), np.zeros(shape, np.bool_)
         captured = any(record is not None for record in step.records)
-        dtype = expert_dtype(spec.num_experts)
-        self.experts = np.zeros((*shape, len(self.layers), spec.top_k), dtype) if captured else None
+        ids = (*shape, len(self.layers), spec.top_k)
+        self.experts = np.zeros(ids, expert_dtype(spec.num_experts)) if captured else None
         self.rows = RowClasses(pads=shape[0] * shape[1])
 
     def place(self, i: int, trajectory: Trajectory, b: int, begin: int) -> None:

@@ -1,4 +1,4 @@
-"""What a rehearsal step gave, and how two of them are compared; numpy only, so that the driver can read it."""
+"""What passes without training gave, and how two rehearsals are compared; numpy only, so that the driver reads it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,33 @@ class Rehearsal:
     counts: RouterCounts
     sharded: bool
     replay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputation:
+    """One pass over some batches: `logprobs` float64 `[T]` nats; `overlaps`: `router/*` of the audit, if it was asked.
+
+    `seconds`: wall time on rank 0.
+    """
+
+    logprobs: NDArray[np.float64]
+    counts: RouterCounts
+    overlaps: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """The same response tokens under several uses of their records.
+
+    `rollout` float64 `[T]`: the engine's log-probs, nats; `lengths`, `groups` int64 `[n]`: response tokens and group of
+    each sequence; `passes`: one for each use.
+    """
+
+    rollout: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    passes: tuple[Recomputation, ...]
 
 
 def worst_difference(found: Tensors, expected: Tensors) -> tuple[float, str]:

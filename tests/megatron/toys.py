@@ -47,6 +47,18 @@ def write_mixtral(directory: Path, seed: int = 0, **changes: Any) -> Path:
     return _write(MixtralForCausalLM(config), directory)
 
 
+def write_dense(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a random fp32 dense Qwen3 checkpoint: 4 layers, h 64, norms away from 1."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    moe = ("model_type", "architectures", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+           "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")  # fmt: skip
+    kept = {key: value for key, value in CONFIG.items() if key not in moe}
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96} | changes
+    return _write(Qwen3ForCausalLM(Qwen3Config(**(kept | sizes))), directory)
+
+
 def _write(model: Any, directory: Path) -> Path:
     model = model.float()
     with torch.no_grad():

@@ -172,6 +172,14 @@ def test_different_models_are_told_apart_field_by_field():
         one.require_same(other, "engine", "trainer")
 
 
+def test_a_dense_model_is_a_control_without_routing():
+    spec = ModelSpec.from_hf_config(CONFIG | {"model_type": "qwen3"})
+    assert (spec.moe_layers, spec.num_experts, spec.top_k, spec.routing_bytes(10)) == ((), 0, 0, 0)
+    with pytest.raises(ConfigError, match=r"model m is dense.*routing\.capture=false replay\.mode=none"):
+        spec.require_routers("m")
+    ModelSpec.from_hf_config(CONFIG).require_routers("m")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
