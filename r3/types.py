@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from r3.audit import Alarm
 from r3.errors import ConfigError, RoutingError
 from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
+from r3.tokens import TokenReport
 
 Finish = Literal["stop", "length", "abort"]
 WeightVersion = int
@@ -306,13 +307,14 @@ class Batch:
 class StepResult:
     """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights.
 
-    `alarms`: what the audit found, where `routing.on_alarm` only warns.
+    `alarms`: what the audit found, where `routing.on_alarm` only warns; `tokens`: in steps that look at single tokens.
     """
 
     step: int
     weight_version: WeightVersion
     metrics: Mapping[str, float]
     alarms: tuple[Alarm, ...] = ()
+    tokens: TokenReport | None = None
 
 
 class TensorSlot(NamedTuple):

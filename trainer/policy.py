@@ -24,6 +24,8 @@ from r3.trainer.parallel import device, place
 from r3.trainer.replay import AuditPairs, MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
 from r3.trainer.sampling import audit_rows
+from r3.trainer.tally import Tally
+from r3.trainer.trace import Trace
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, Mapping[str, Any]]
 LossFunction = Callable[[MicroBatch, torch.Tensor], LossOutput]
@@ -32,19 +34,27 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RoutingUse:
-    """What a pass does with records: `force` replays, else they are compared; `audit` adds overlaps at three lags."""
+    """What a pass does with records: `force` replays, else they are compared; `audit` adds overlaps at three lags.
+
+    `trace` keeps, for every response token, the layers that disagree.
+    """
 
     force: bool
     audit: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobPass:
-    """`logprobs` float64 `[T]` nats over the step's response tokens, 0 where another rank has the token."""
+    """`logprobs` float64 `[T]` nats over the step's response tokens, 0 where another rank has the token.
+
+    `trace`: where `RoutingUse.trace` asks for it.
+    """
 
     logprobs: Floats
     counts: RouterCounts
     replay_s: float
+    trace: Trace | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +173,9 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = partial(self._policy_loss, step, old, reference)
-        reports, counts, replay_s = self._run(self.chunks, microbatches, use, loss)
+        reports, counts, tally = self._run(self.chunks, microbatches, use, loss)
         sums = sum((report["sums"].cpu().numpy() for report in reports), np.zeros(len(fields(UpdateSums))))
-        return UpdateSums(*sums.tolist()), counts, replay_s
+        return UpdateSums(*sums.tolist()), counts, tally.seconds
 
     def gradients_finite(self) -> bool:
         """Tell, alike on every rank, whether every reduced gradient is finite."""
@@ -181,11 +191,13 @@ class Policy:
         step: StepBatch,
         use: RoutingUse | None,
     ) -> LogprobPass:
-        reports, counts, replay_s = self._run(chunks, microbatches, use, self._no_loss, forward_only=True)
+        reports, counts, tally = self._run(chunks, microbatches, use, self._no_loss, forward_only=True)
         flat = np.zeros(len(step.rollout_logprobs), np.float64)
         for report in reports:
             flat[report["targets"].cpu().numpy()] = report["logprobs"].detach().cpu().numpy()
-        return LogprobPass(flat, counts, replay_s)
+        layers = len(self.arch.spec.moe_layers)
+        trace = Trace.of(tally.flags, microbatches, layers) if use is not None and use.trace else None
+        return LogprobPass(flat, counts, tally.seconds, trace)
 
     def _run(
         self,
@@ -195,8 +207,8 @@ class Policy:
         loss: LossFunction,
         *,
         forward_only: bool = False,
-    ) -> tuple[list[Mapping[str, Any]], RouterCounts, float]:
-        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and seconds.
+    ) -> tuple[list[Mapping[str, Any]], RouterCounts, Tally]:
+        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and their tally.
 
         The reports are those of the rank that speaks for its tokens (`Place.reports`), the others have none.
         """
@@ -225,7 +237,7 @@ class Policy:
                 forward_only=forward_only,
             )
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())
-        return reports if self.place.reports else [], tally.counts(rows), tally.seconds
+        return reports if self.place.reports else [], tally.counts(rows), tally
 
     def _trained(self, microbatch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return step-wide indices, log-probs and entropies of the microbatch's trained tokens, each `[n]`."""
@@ -276,6 +288,7 @@ def _routing(microbatch: MicroBatch, use: RoutingUse | None, where: torch.device
         pads=tensor(microbatch.pads),
         force=use is not None and use.force,
         audit=audit,
+        trace=use is not None and use.trace,
     )
 
 

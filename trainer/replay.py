@@ -55,7 +55,7 @@ class MicrobatchRouting:
     and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
     rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
     model's own choice. `pads` bool `[b, s]`. With `audit` its rows are also compared with the record shifted by one row
-    in both directions.
+    in both directions. `trace` keeps which rows differ in which layer.
     """
 
     experts: torch.Tensor | None
@@ -63,6 +63,7 @@ class MicrobatchRouting:
     pads: torch.Tensor
     force: bool
     audit: AuditPairs | None = None
+    trace: bool = False
 
 
 def refuse_unsupported_router(config: TransformerConfig) -> None:
@@ -136,6 +137,7 @@ class _Active:
     clock: Tally | None = None
     recorded: torch.Tensor = field(init=False)
     differs: torch.Tensor = field(init=False)
+    flags: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         begin = time.perf_counter()
@@ -214,7 +216,8 @@ class ReplayContext:
             output = call()
             if self._tally is not None:
                 compared = routing.experts is not None
-                self._tally.finish_microbatch(chunk, self._active.differs, self._active.recorded, compared)
+                done = self._active
+                self._tally.finish_microbatch(chunk, done.differs, done.recorded, compared, done.flags)
         finally:
             self._active = None
         if output.requires_grad:
@@ -303,6 +306,8 @@ class _Visit:
         shared = contained(self._ids, self._own)
         differs = ~shared.all(1) & active.recorded
         active.differs |= differs
+        if active.routing.trace:
+            active.flags[self._column] = differs
         tally.disagree[self._column] += differs.sum()
         tally.visits[self._column] = tally.visits.get(self._column, 0) + 1
         if active.routing.force:

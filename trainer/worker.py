@@ -25,6 +25,7 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.routing import ExpertIds
+from r3.tokens import observes_tokens
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, name, plan_step, require_records
 from r3.trainer.convert import export_weights
@@ -35,6 +36,7 @@ from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSum
 from r3.trainer.rehearsal import rehearse
 from r3.trainer.state import load_state, save_state
 from r3.trainer.tally import counts_over_ranks
+from r3.trainer.trace import TokenObserver, Trace, Traced
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
@@ -64,6 +66,11 @@ class _Pass:
     counts: RouterCounts
     replay_s: float
     seconds: float
+    trace: Trace | None
+
+    @property
+    def traced(self) -> Traced:
+        return Traced(self.logprobs, self.trace)
 
 
 class TrainerWorker:
@@ -97,6 +104,8 @@ class TrainerWorker:
         parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit, layout=layout)
         torch.use_deterministic_algorithms(self._config.run.deterministic)
         self.policy = Policy(self._config, self._arch, self._directory, self._updates)
+        worst = self._config.metrics.worst_tokens
+        self._tokens = TokenObserver(self._directory, self._arch.spec.moe_layers, worst, self._rank)
 
     def close(self) -> None:
         """Leave the group and drop the model."""
@@ -162,13 +171,15 @@ class TrainerWorker:
         config, begin = self._config, time.perf_counter()
         share_ = self._prepare(batches, advantages, config.grpo.mini_steps, step)
         use = RoutingUse(force=config.replay.mode == "r3")
+        trace = observes_tokens(config.metrics.tokens_every, step)
         if use.force and not config.routing.trains_natively:
             require_records(share_.step)
-        old = self._logprobs(share_, replace(use, audit=True))
+        old = self._logprobs(share_, replace(use, audit=True, trace=trace))
         overlaps = self._overlaps(share_.step, old)
         # Before anything is trained on the record.
         alarms = self._alarms(share_.step, overlaps, step)
-        native = self._logprobs(share_, RoutingUse(force=False)) if use.force and counterfactual else None
+        native = self._logprobs(share_, RoutingUse(force=False, trace=trace)) if use.force and counterfactual else None
+        tokens = self._tokens.report(step, share_.step, old.traced, native.traced if native else None)
         reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
         updates = [
             self.policy.update(mini_step, share_.step, old.logprobs, reference, use) for mini_step in share_.mini_steps
@@ -187,7 +198,7 @@ class TrainerWorker:
         if native:
             report["time/counterfactual_s"] = native.seconds
         self._version += 1
-        return StepResult(step, self._version, report, alarms) if self._rank == 0 else None
+        return StepResult(step, self._version, report, alarms, tokens) if self._rank == 0 else None
 
     def rehearse(self, advantages: NDArray[np.float32], *batches: Batch) -> Rehearsal:
         """Run one forced-routing step of known outcome; see `r3.trainer.rehearsal`. The weights change."""
@@ -239,7 +250,8 @@ class TrainerWorker:
         begin = time.perf_counter()
         found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
         logprobs = parallel.sum_over_ranks(found.logprobs)
-        return _Pass(logprobs, counts_over_ranks(found.counts), found.replay_s, time.perf_counter() - begin)
+        counts = counts_over_ranks(found.counts)
+        return _Pass(logprobs, counts, found.replay_s, time.perf_counter() - begin, found.trace)
 
     def _reduced(self, values: Floats | None) -> Floats | None:
         return None if values is None else parallel.sum_over_ranks(values)
