@@ -28,6 +28,7 @@ _OWN = (
     "hf",
     "wandb",
     "report.html",
+    "report_png",
     FOLDER,
     "routing",
 )
