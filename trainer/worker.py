@@ -87,6 +87,8 @@ class TrainerWorker:
         self._config, self._directory = config, Path(model_dir)
         self._rank, self._world, self._updates = rank, world, total_optimizer_steps
         self._arch = Architecture.from_directory(model_dir)
+        worst = config.metrics.worst_tokens
+        self._tokens = TokenObserver(self._directory, self._arch.spec.moe_layers, worst, rank)
         self._store: dist.Store | None = None
         self._version = 0
 
@@ -104,8 +106,6 @@ class TrainerWorker:
         parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit, layout=layout)
         torch.use_deterministic_algorithms(self._config.run.deterministic)
         self.policy = Policy(self._config, self._arch, self._directory, self._updates)
-        worst = self._config.metrics.worst_tokens
-        self._tokens = TokenObserver(self._directory, self._arch.spec.moe_layers, worst, self._rank)
 
     def close(self) -> None:
         """Leave the group and drop the model."""

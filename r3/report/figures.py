@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,15 +86,19 @@ def pictures(section: Section, groups: Sequence[Group]) -> list[Picture]:
     return found
 
 
-def write_pngs(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Write the overview and one PNG for each section that has data; return their paths."""
+def write_pngs(groups: Sequence[Group], folder: Path, sheets: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+    """Write PNGs of the plots that have data and return their paths.
+
+    `sheets`: names of plots for each file; by default an overview and one for each section.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     by_section = {section.name: list(plots_of(section, groups)) for section in SECTIONS}
     every = {plot.name: plot for plots in by_section.values() for plot in plots}
-    sheets = {"overview": [every[name] for name in OVERVIEW]} | {
-        name.lower().replace(" ", "_"): plots for name, plots in by_section.items()
+    sheets = sheets or {"overview": OVERVIEW} | {
+        name.lower().replace(" ", "_"): [plot.name for plot in plots] for name, plots in by_section.items()
     }
-    return [path for name, plots in sheets.items() if (path := _sheet(plots, groups, folder / f"{name}.png"))]
+    drawn = [_sheet([every[plot] for plot in plots], groups, folder / f"{name}.png") for name, plots in sheets.items()]
+    return [path for path in drawn if path]
 
 
 def _sheet(plots: Sequence[Plot], groups: Sequence[Group], path: Path) -> Path | None:
