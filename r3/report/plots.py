@@ -37,20 +37,23 @@ def draw_panel(panel: Panel, axes: Any, groups: Sequence[Group]) -> bool:
         axes.set_yscale("log")
     elif panel.scale == "share":
         axes.set_yscale("symlog", linthresh=_SMALLEST_SHARE, linscale=0.5)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-_SMALLEST_SHARE / 3)
     _limit(panel, axes)
     axes.set(xlabel="step", ylabel=panel.unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _mark_alarms(axes, groups)
-    _legend(axes)
+    _legend(axes, "upper right" if panel.stacked else "best")
     return True
 
 
 def _limit(panel: Panel, axes: Any) -> None:
     """Set the fixed ends of the y axis; above a fixed 0 the values keep some air."""
     bottom, top = panel.limits
+    if panel.scale == "share":
+        return
     if bottom == 0 and top is None:
-        top = 1.12 * float(axes.dataLim.ymax) or 1.0
+        # A stack fills its plot, so the names go above it.
+        top = (1.5 if panel.stacked else 1.12) * float(axes.dataLim.ymax) or 1.0
     axes.set_ylim(bottom, top)
 
 
