@@ -370,6 +370,10 @@ class MetricsConfig(Section):
     """Stop the run (exit code 6) when `mismatch/k3` exceeds this."""
     max_skipped_steps: int = Field(3, ge=0)
     """Stop the run (exit code 6) after this many optimizer steps in a row with a non-finite gradient."""
+    tokens_every: int = Field(5, ge=0)
+    """Keep the worst tokens, their sequences and the histogram of the difference every N steps (`RUN/tokens.jsonl`)."""
+    worst_tokens: int = Field(20, ge=1, le=500)
+    """Tokens with the largest |log-prob difference| that are kept in such a step."""
 
 
 class TrackingConfig(Section):

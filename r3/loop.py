@@ -82,7 +82,7 @@ def train(
         with clock("weights_s"):
             pool.load_weights(trainers.export())
         report |= rollout_metrics(rollout) | dict(result.metrics) | watch.measure(result) | clock.metrics(result)
-        tracker.log(step, report)
+        tracker.log(step, report, result.tokens)
         run.write_status("running", step=step)
         skipped = skipped + 1 if result.metrics["train/skipped_steps"] else 0
         watch.check(report, result)

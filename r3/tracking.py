@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r3 import charts
 from r3.audit import Alarm
 from r3.config import Config, TrackingConfig
 from r3.errors import ConfigError
 from r3.run import RunDirectory
+from r3.tokens import TokenReport
 
 log = logging.getLogger("r3")
 
@@ -37,14 +39,16 @@ class Tracker:
         self._steps = config.run.steps
         self._wandb = open_wandb(config, run.path)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
+    def log(self, step: int, metrics: Mapping[str, float], tokens: TokenReport | None = None) -> None:
+        """Record the metrics of one step, and its single tokens where it looked at them."""
         row = {"step": step, **metrics}
         self._run.log_metrics(row)
+        if tokens is not None:
+            self._run.log_tokens(tokens)
         print(console_line(step, self._steps, metrics), flush=True)
         if self._wandb is not None:
             try:
-                self._wandb.log(row)
+                self._wandb.log({**row, **charts.of_step(metrics, tokens)})
             except Exception as error:  # noqa: BLE001 - the tracker is a guest: whatever it raises must not end a run
                 self._give_up(error)
 
@@ -106,7 +110,7 @@ def open_wandb(config: Config, directory: Path) -> Any | None:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
-        run.define_metric("*", step_metric="step")
+        charts.define(run)
     except Exception as error:
         if mode == "online" and config.tracking.wandb == "online":
             raise ConfigError(f"tracking.wandb=online, but W&B cannot start: {error}") from error

@@ -16,6 +16,7 @@ from r3.audit import Alarm
 from r3.errors import ConfigError, RoutingError
 from r3.prefixes import StoredRows
 from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
+from r3.tokens import TokenReport
 
 Finish = Literal["stop", "length", "abort"]
 WeightVersion = int
@@ -334,7 +335,7 @@ class StepResult:
     """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights.
 
     `alarms`: what the audit found, where `routing.on_alarm` only warns. `loads` int64 `[layers, experts]`: how often
-    the records of the step chose each expert, zeros without a record.
+    the records of the step chose each expert, zeros without a record. `tokens`: in steps that look at single tokens.
     """
 
     step: int
@@ -342,6 +343,7 @@ class StepResult:
     metrics: Mapping[str, float]
     alarms: tuple[Alarm, ...] = ()
     loads: NDArray[np.int64] | None = None
+    tokens: TokenReport | None = None
 
 
 class TensorSlot(NamedTuple):

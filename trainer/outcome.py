@@ -17,7 +17,8 @@ Tensors = Mapping[str, NDArray[np.float32]]
 class Rehearsal:
     """What one log-prob pass and one update gave, over all ranks.
 
-    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `grad_norm`: before clipping; `gradients`,
+    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `differs` bool `[T, layers]`: does the layer's own
+    top-k set differ from the record, for the row behind the token; `grad_norm`: before clipping; `gradients`,
     `weights` (behind the update): fp32 by Hugging Face name, on rank 0 alone, empty elsewhere; `sharded`: a distributed
     optimizer left each rank a part of the reduced gradient only, so `gradients` are not whole; `replay_s`: this rank's
     seconds in replay.
@@ -25,6 +26,7 @@ class Rehearsal:
 
     loss: float
     logprobs: NDArray[np.float64]
+    differs: NDArray[np.bool_]
     grad_norm: float
     gradients: Tensors
     weights: Tensors

@@ -25,6 +25,8 @@ from r3.trainer.parallel import device, place
 from r3.trainer.replay import AuditPairs, MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
 from r3.trainer.sampling import audit_rows
+from r3.trainer.tally import Tally
+from r3.trainer.trace import Trace
 from r3.trainer.use import RoutingUse as RoutingUse
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, Mapping[str, Any]]
@@ -36,13 +38,15 @@ Floats = NDArray[np.float64]
 class LogprobPass:
     """`logprobs` float64 `[T]` nats over the step's response tokens, 0 where another rank has the token.
 
-    `own`: of a pass that keeps the model's own choice, the microbatches with it in the place of the record.
+    `own`: of a pass that keeps the model's own choice, the microbatches with it in the place of the record. `trace`:
+    where `RoutingUse.trace` asks for it.
     """
 
     logprobs: Floats
     counts: RouterCounts
     replay_s: float
     own: tuple[MicroBatch, ...] = ()
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class _Ran:
 
     reports: list[Mapping[str, Any]]
     counts: RouterCounts
-    replay_s: float
+    tally: Tally
     own: tuple[dict[int, torch.Tensor], ...]
 
 
@@ -173,7 +177,7 @@ class Policy:
         loss = partial(self._policy_loss, step, old, reference)
         ran = self._run(self.chunks, microbatches, use, loss)
         sums = sum((report["sums"].cpu().numpy() for report in ran.reports), np.zeros(len(fields(UpdateSums))))
-        return UpdateSums(*sums.tolist()), ran.counts, ran.replay_s
+        return UpdateSums(*sums.tolist()), ran.counts, ran.tally.seconds
 
     def gradients_finite(self) -> bool:
         """Tell, alike on every rank, whether every reduced gradient is finite."""
@@ -195,9 +199,11 @@ class Policy:
             flat[report["targets"].cpu().numpy()] = report["logprobs"].detach().cpu().numpy()
         own = zip(microbatches, ran.own, strict=True) if use is not None and use.keep else ()
         # By what all ranks know alike: a stage without an MoE layer of its own must run the passes of the others.
-        experts = self.arch.spec.num_experts
-        kept = tuple(_with_own(one, ids, experts) for one, ids in own if one.experts is not None)
-        return LogprobPass(flat, ran.counts, ran.replay_s, kept)
+        spec = self.arch.spec
+        kept = tuple(_with_own(one, ids, spec.num_experts) for one, ids in own if one.experts is not None)
+        traces = use is not None and use.trace
+        trace = Trace.of(ran.tally.flags, microbatches, len(spec.moe_layers)) if traces else None
+        return LogprobPass(flat, ran.counts, ran.tally.seconds, kept, trace)
 
     def _run(
         self,
@@ -208,7 +214,7 @@ class Policy:
         *,
         forward_only: bool = False,
     ) -> _Ran:
-        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and seconds.
+        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and their tally.
 
         The reports are those of the rank that speaks for its tokens (`Place.reports`), the others have none.
         """
@@ -239,7 +245,7 @@ class Policy:
                 forward_only=forward_only,
             )
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())
-        return _Ran(reports if self.place.reports else [], tally.counts(rows), tally.seconds, own)
+        return _Ran(reports if self.place.reports else [], tally.counts(rows), tally, own)
 
     def _trained(self, microbatch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return step-wide indices, log-probs and entropies of the microbatch's trained tokens, each `[n]`."""
@@ -298,6 +304,7 @@ def _routing(
         layers=None if use is None else use.layers,
         fault=None if use is None else use.fault,
         own=own if use is not None and use.keep else None,
+        trace=use is not None and use.trace,
     )
 
 

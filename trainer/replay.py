@@ -57,7 +57,7 @@ class MicrobatchRouting:
     rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
     model's own choice. `pads` bool `[b, s]`. With `audit` its rows are also compared with the record shifted by one row
     in both directions. `layers` and `fault` are those of `r3.trainer.use.RoutingUse`; `own` collects the model's own
-    choice, `[s * b, k]` by local MoE layer.
+    choice, `[s * b, k]` by local MoE layer. `trace` keeps which rows differ in which layer.
     """
 
     experts: torch.Tensor | None
@@ -68,6 +68,7 @@ class MicrobatchRouting:
     layers: tuple[int, ...] | None = None
     fault: RouterFault | None = None
     own: dict[int, torch.Tensor] | None = None
+    trace: bool = False
 
     def forces(self, layer: int) -> bool:
         """Tell whether the record is forced in MoE layer `layer` (global index)."""
@@ -145,6 +146,7 @@ class _Active:
     clock: Tally | None = None
     recorded: torch.Tensor = field(init=False)
     differs: torch.Tensor = field(init=False)
+    flags: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         begin = time.perf_counter()
@@ -223,7 +225,8 @@ class ReplayContext:
             output = call()
             if self._tally is not None:
                 compared = routing.experts is not None
-                self._tally.finish_microbatch(chunk, self._active.differs, self._active.recorded, compared)
+                done = self._active
+                self._tally.finish_microbatch(chunk, done.differs, done.recorded, compared, done.flags)
         finally:
             self._active = None
         if output.requires_grad:
@@ -322,6 +325,8 @@ class _Visit:
         shared = contained(self._ids, self._own)
         differs = ~shared.all(1) & active.recorded
         active.differs |= differs
+        if active.routing.trace:
+            active.flags[self._column] = differs
         tally.disagree[self._column] += differs.sum()
         tally.visits[self._column] = tally.visits.get(self._column, 0) + 1
         if active.routing.forces(self._layer):

@@ -24,7 +24,8 @@ class RoutingUse:
 
     `audit` adds overlaps at three lags; `keep` hands the model's own choice back as microbatches that replay it (R2).
     `layers`: global indices of the MoE layers that are forced, None for all; `sampled_rows`: only the records of rows
-    whose input token was sampled count as records. `fault`: see `RouterFault`.
+    whose input token was sampled count as records. `fault`: see `RouterFault`. `trace` keeps, for every response token,
+    the layers that disagree.
     """
 
     force: bool
@@ -33,3 +34,4 @@ class RoutingUse:
     layers: tuple[int, ...] | None = None
     sampled_rows: bool = False
     fault: RouterFault | None = None
+    trace: bool = False

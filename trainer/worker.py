@@ -25,6 +25,7 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.routing import ExpertIds
+from r3.tokens import observes_tokens
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, name, plan_step, require_records
 from r3.trainer.convert import export_weights
@@ -35,6 +36,7 @@ from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSum
 from r3.trainer.rehearsal import rehearse
 from r3.trainer.state import load_state, save_state
 from r3.trainer.tally import counts_over_ranks
+from r3.trainer.trace import TokenObserver, Trace, Traced
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
@@ -65,6 +67,11 @@ class _Pass:
     replay_s: float
     seconds: float
     own: tuple[MicroBatch, ...] = ()
+    trace: Trace | None = None
+
+    @property
+    def traced(self) -> Traced:
+        return Traced(self.logprobs, self.trace)
 
 
 class TrainerWorker:
@@ -81,6 +88,8 @@ class TrainerWorker:
         self._config, self._directory = config, Path(model_dir)
         self._rank, self._world, self._updates = rank, world, total_optimizer_steps
         self._arch = Architecture.from_directory(model_dir)
+        worst = config.metrics.worst_tokens
+        self._tokens = TokenObserver(self._directory, self._arch.spec.moe_layers, worst, rank)
         self._store: dist.Store | None = None
         self._version = 0
 
@@ -164,17 +173,20 @@ class TrainerWorker:
         config, begin = self._config, time.perf_counter()
         share_ = self._prepare(batches, advantages, config.grpo.mini_steps, step)
         use = RoutingUse(force=config.replay.mode == "r3")
+        trace = observes_tokens(config.metrics.tokens_every, step)
         if use.force and not config.routing.trains_natively:
             require_records(share_.step)
         keeps = counterfactual and config.metrics.counterfactual_r2
-        old = self._logprobs(share_, replace(use, audit=True, keep=keeps and not use.force))
+        old = self._logprobs(share_, replace(use, audit=True, keep=keeps and not use.force, trace=trace))
         overlaps = self._overlaps(share_.step, old)
         # Before anything is trained on the record.
         alarms = self._alarms(share_.step, overlaps, step)
-        native = self._logprobs(share_, RoutingUse(force=False, keep=keeps)) if use.force and counterfactual else None
+        free = RoutingUse(force=False, keep=keeps, trace=trace)
+        native = self._logprobs(share_, free) if use.force and counterfactual else None
         r2 = self._replay_own(share_, native or old) if keeps else None
         extra = sum(one.seconds for one in (native, r2) if one)
         loads = self._expert_loads(share_.step)
+        tokens = self._tokens.report(step, share_.step, old.traced, native.traced if native else None)
         reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
         updates = [
             self.policy.update(mini_step, share_.step, old.logprobs, reference, use) for mini_step in share_.mini_steps
@@ -195,7 +207,7 @@ class TrainerWorker:
         if extra:
             report["time/counterfactual_s"] = extra
         self._version += 1
-        return StepResult(step, self._version, report, alarms, loads) if self._rank == 0 else None
+        return StepResult(step, self._version, report, alarms, loads, tokens) if self._rank == 0 else None
 
     def measure(self, uses: Sequence[RoutingUse], *batches: Batch) -> Recomputed | None:
         """Recompute the log-probs of some batches once under each of `uses`, without training; on rank 0, else None.
@@ -266,7 +278,7 @@ class TrainerWorker:
         found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
         logprobs = parallel.sum_over_ranks(found.logprobs)
         counts, seconds = counts_over_ranks(found.counts), time.perf_counter() - begin
-        return _Pass(logprobs, counts, found.replay_s, seconds, found.own)
+        return _Pass(logprobs, counts, found.replay_s, seconds, found.own, found.trace)
 
     def _replay_own(self, share_: _Share, native: _Pass) -> _Pass | None:
         """Replay what the trainer chose in a pass of its own (R2); None where nothing was recorded to compare with."""

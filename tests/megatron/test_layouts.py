@@ -60,6 +60,7 @@ def assert_equal(found: Rehearsal, expected: Rehearsal, batch: Batch, config: Co
     assert counts.replayed == counts.required == counts.compared == rows
     assert counts.native == len(batch), "only last tokens route on their own"
     np.testing.assert_array_equal(counts.disagree, expected.counts.disagree)
+    np.testing.assert_array_equal(found.differs, expected.differs)
     assert counts.disagree_any == expected.counts.disagree_any
     assert found.loss == pytest.approx(expected.loss, abs=1e-6)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
