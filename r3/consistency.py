@@ -84,6 +84,12 @@ def mismatch_of(sums: Floats) -> dict[str, Floats]:
     }
 
 
+def counted(sums: Floats) -> tuple[int, int]:
+    """Return the tokens and sequences in cluster sums `[clusters, features]`."""
+    total = sums.sum(0)
+    return int(total[_FEATURES.index("tokens")]), int(total[_FEATURES.index("sequences")])
+
+
 def pass_sums(compared: int, differing: int, any_layer: int, layers: int) -> Floats:
     """Return the `[features]` of one pass's router counts: rows compared, (row, layer) pairs, and how many differ."""
     return np.array([compared, compared * layers, differing, any_layer], np.float64)

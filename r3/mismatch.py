@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from r3._identity import require_own_packages
 from r3.checkpoint import replace_text
 from r3.config import Config, load_config
@@ -24,8 +26,9 @@ from r3.consistency import Estimate, Row, factor, markdown
 from r3.errors import ConfigError, R3Error
 
 if TYPE_CHECKING:
-    from r3.study import Study
+    from r3.study import Earlier, Study
 
+ROWS = ("native", "r3", "r3_response", "r3_last_half")
 DTYPES = ("bfloat16", "float32", "float16")
 _FACTORS = (
     ("k3", "native", "r3", "native k3 / R3 k3"),
@@ -66,6 +69,8 @@ def study_config(options: argparse.Namespace) -> Config:
     config = load_config(options.config, overrides)
     if not config.routing.capture and (options.controls or options.noise or options.dense):
         raise ConfigError("routing.capture is false: the table has one row, without --controls, --noise and --dense")
+    if unknown := set(options.rows) - set(ROWS):
+        raise ConfigError(f"--rows {','.join(sorted(unknown))}: there are {', '.join(ROWS)}")
     if options.tokens < 1 or options.control_tokens < 1:
         raise ConfigError(f"--tokens {options.tokens} --control-tokens {options.control_tokens}: both must be positive")
     if options.out is not None and not options.out.absolute().parent.is_dir():
@@ -94,47 +99,97 @@ def _check(config: Config) -> None:
 
 def _report(options: argparse.Namespace, config: Config, dense: Config | None) -> dict[str, Any]:
     """Measure and print the table; return what `--out` holds."""
-    from r3.study import Variant, control_variants
-
+    earlier = read_earlier(options.add, config)
     say(f"engine {config.rollout.dtype}, trainer {config.trainer.dtype}, model {config.model.path}")
-    extra: Sequence[Variant] = control_variants(options.noise, records=options.controls)
-    studies = {"moe": _study(config, options, extra)}
+    studies = {"moe": _study(config, options, earlier, controls=True)}
     if dense is not None:
         say(f"dense twin {dense.model.path}")
-        studies["dense"] = _study(dense, options, ())
+        studies["dense"] = _study(dense, options, earlier, controls=False)
     rows = list(_rows(studies))
     ratios = dict(_factors(studies))
     if not options.json:
         print(*markdown(rows), "", *_summary(rows, ratios), sep="\n", flush=True)
+    models = {"moe": config.model.path, "dense": None if dense is None else dense.model.path}
     return {
-        "engine_dtype": config.rollout.dtype,
-        "trainer_dtype": config.trainer.dtype,
-        "model": config.model.path,
-        "dense": None if dense is None else dense.model.path,
-        "seed": config.run.seed,
-        "temperature": config.rollout.temperature,
+        "setting": _setting(config),
         "rows": [asdict(row) for row in rows],
         "factors": {name: _finite(found) for name, found in ratios.items()},
-        "studies": {name: study.facts for name, study in studies.items()},
+        "studies": {name: {"model": models[name], **_kept(study)} for name, study in studies.items()},
     }
 
 
-def _study(config: Config, options: argparse.Namespace, extra: Sequence[Any]) -> Study:
+def _setting(config: Config) -> dict[str, Any]:
+    """Return what two commands must share for their rounds to be added up."""
+    return {
+        "engine_dtype": config.rollout.dtype,
+        "trainer_dtype": config.trainer.dtype,
+        "seed": config.run.seed,
+        "temperature": config.rollout.temperature,
+        "prompts_per_step": config.rollout.prompts_per_step,
+        "group_size": config.grpo.group_size,
+    }
+
+
+def _kept(study: Study) -> dict[str, Any]:
+    """Return a study for JSON, with everything that `--add` needs."""
+    sums = {
+        key: {"clusters": [part.tolist() for part in one.sums], "passes": np.array(one.passes).tolist(),
+              "alarms": sorted(one.alarms)}
+        for key, one in study.found.items()
+    }  # fmt: skip
+    return {"rounds": study.rounds, **study.facts, "sums": sums}
+
+
+def read_earlier(path: Path | None, config: Config) -> dict[str, dict[str, Any]]:
+    """Return the studies of an earlier `--out` by model; raise `ConfigError` for one of another setting."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        setting, studies = found["setting"], {study["model"]: study for study in found["studies"].values()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--add {path} is not what --out of this command writes: {error!r}") from error
+    other = [f"{key} is {setting.get(key)!r}, now {value!r}" for key, value in _setting(config).items()
+             if setting.get(key) != value]  # fmt: skip
+    if other:
+        raise ConfigError(f"--add {path} was measured in another setting: {'; '.join(other)}")
+    return studies
+
+
+def earlier_of(study: dict[str, Any]) -> Earlier:
+    """Return what `_kept` wrote, to go on from."""
+    from r3.study import Collected, Earlier
+
+    def arrays(parts: Sequence[Any]) -> list[Any]:
+        return [np.array(part, np.float64) for part in parts]
+
+    found = {
+        key: Collected(arrays(one["clusters"]), arrays(one["passes"]), set(one["alarms"]))
+        for key, one in study["sums"].items()
+    }
+    return Earlier(study["rounds"], found)
+
+
+def _study(config: Config, options: argparse.Namespace, earlier: dict[str, dict[str, Any]], *, controls: bool) -> Study:
     from r3.builtin import resolve_model
-    from r3.study import actors, measure, require_measured
+    from r3.study import NOTHING, actors, control_variants, measure, variants_of
     from r3.tasks import open_task
 
+    before = earlier_of(earlier[config.model.path]) if config.model.path in earlier else NOTHING
+    extra = control_variants(options.noise, records=options.controls) if controls else ()
     task = open_task(config.task)
     model = resolve_model(config.model.path, target_reward=config.model.warm_start_reward, seed=config.run.seed)
     say("starting engine and trainer")
     with actors(config, str(model)) as (pool, trainers):
-        found = measure(
-            config, task, pool, trainers,
+        variants = variants_of(config, trainers.spec(), extra, options.rows)
+        absent = [variant.key for variant in variants if before.rounds and variant.key not in before.found]
+        if absent:
+            raise ConfigError(f"--add {options.add} lacks the rows {absent}; ask for the same rows (--rows)")
+        return measure(
+            config, task, pool, trainers, variants,
             tokens=options.tokens, control_tokens=options.control_tokens, seconds=options.max_seconds,
-            extra=extra, say=say,
+            earlier=before, say=say,
         )  # fmt: skip
-    require_measured(found)
-    return found
 
 
 def _rows(studies: dict[str, Study]) -> Iterator[Row]:
@@ -149,9 +204,9 @@ def _rows(studies: dict[str, Study]) -> Iterator[Row]:
 
 
 def _factors(studies: dict[str, Study]) -> Iterator[tuple[str, Estimate | None]]:
-    sums = {key: found.sums() for key, found in studies["moe"].found.items() if key in ("native", "r3")}
+    sums = {key: found.all_sums() for key, found in studies["moe"].found.items() if key in ("native", "r3")}
     if "dense" in studies:
-        sums["dense"] = studies["dense"].found["native"].sums()
+        sums["dense"] = studies["dense"].found["native"].all_sums()
     for column, above, below, name in _FACTORS:
         if above in sums and below in sums:
             yield name, factor(sums[above], sums[below], column, paired=below != "dense")
@@ -212,6 +267,13 @@ def _parser() -> argparse.ArgumentParser:
         "--control-tokens", type=int, default=5_000, metavar="N",
         help="response tokens that the rows of --controls and --noise see (default 5000)",
     )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=lambda text: tuple(text.split(",")), default=(), metavar="KEY,...",
+        help=f"measure these rows only, of {', '.join(ROWS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--add", type=Path, metavar="FILE", help="go on behind an earlier --out of the same setting and add it up"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON to FILE too")
     parser.add_argument("--json", action="store_true", help="print that JSON instead of the table")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys")

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from r3 import controls
 from r3.audit import find_alarms
 from r3.config import Config
-from r3.consistency import Row, cluster_sums, disagreement_of, estimates, mismatch_of, pass_sums
-from r3.errors import R3Error
+from r3.consistency import Row, cluster_sums, counted, disagreement_of, estimates, mismatch_of, pass_sums
+from r3.errors import DivergenceError
 from r3.metrics import Floats
 from r3.rollout.pool import RolloutPool
 from r3.tasks import Task
@@ -40,37 +39,43 @@ class Variant:
 
 @dataclass(slots=True)
 class Collected:
-    """What the rounds gave of one variant; `d`: log p_train - log p_rollout, nats; a cluster is a prompt of a round."""
+    """What the rounds gave of one variant: `sums` `[prompts, features]` and `passes` `[features]` of each round."""
 
-    d: list[Floats] = field(default_factory=list)
-    lengths: list[NDArray[np.int64]] = field(default_factory=list)
-    clusters: list[NDArray[np.int64]] = field(default_factory=list)
+    sums: list[Floats] = field(default_factory=list)
     passes: list[Floats] = field(default_factory=list)
     alarms: set[str] = field(default_factory=set)
     seconds: float = 0.0
 
-    def add(self, found: Recomputed, one: Recomputation, first_cluster: int, layers: int) -> None:
-        """Add one round; `first_cluster`: number of its first prompt."""
-        self.d.append(one.logprobs - found.rollout)
-        self.lengths.append(found.lengths)
-        self.clusters.append(found.groups + first_cluster)
+    def add(self, found: Recomputed, one: Recomputation, layers: int) -> None:
+        """Add one round; raise `DivergenceError` where a number is not finite, which no table should hide."""
+        d = one.logprobs - found.rollout
+        if not np.isfinite(d).all():
+            raise DivergenceError("a log-prob difference is not finite; engine or trainer overflowed")
+        # A cluster is a prompt of a round.
+        self.sums.append(cluster_sums(d, found.lengths, found.groups))
         counts = one.counts
         self.passes.append(pass_sums(counts.compared, int(counts.disagree.sum()), counts.disagree_any, layers))
         self.seconds += one.seconds
 
-    def sums(self) -> Floats:
-        """Return the cluster sums of everything so far."""
-        return cluster_sums(np.concatenate(self.d), np.concatenate(self.lengths), np.concatenate(self.clusters))
+    def all_sums(self) -> Floats:
+        """Return the cluster sums of every round."""
+        return np.concatenate(self.sums)
+
+    def k3(self) -> float:
+        """Return k3 over every round, nats."""
+        return float(mismatch_of(self.all_sums().sum(0))["k3"])
 
     def row(self, variant: Variant, *, disagrees: bool) -> Row:
         """Return the line of the table; `disagrees`: the pass compared routing."""
-        sums = self.sums()
+        sums = self.all_sums()
         values = estimates(sums, mismatch_of)
         if disagrees:
             values |= estimates(np.stack(self.passes), disagreement_of)
-        sequences = sum(len(lengths) for lengths in self.lengths)
-        alarms = tuple(sorted(self.alarms)) if variant.control else None
-        return Row(variant.key, variant.name, int(sums[:, 0].sum()), sequences, values, alarms)
+        tokens, sequences = counted(sums)
+        return Row(
+            variant.key, variant.name, tokens, sequences, values,
+            tuple(sorted(self.alarms)) if variant.control else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class Study:
 
     variants: tuple[Variant, ...]
     found: Mapping[str, Collected]
+    rounds: int
     compared: bool
     facts: Mapping[str, object]
 
@@ -86,6 +92,23 @@ class Study:
         """Yield the lines of the table."""
         for variant in self.variants:
             yield self.found[variant.key].row(variant, disagrees=self.compared)
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an earlier command measured of the same model, to go on from: its rounds, and each variant's sums."""
+
+    rounds: int
+    found: Mapping[str, Collected]
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens so far."""
+        # Rows without a control come first, and see every token.
+        return counted(next(iter(self.found.values())).all_sums())[0] if self.found else 0
+
+
+NOTHING = Earlier(0, {})
 
 
 def replay_variants(spec: ModelSpec) -> tuple[Variant, ...]:
@@ -121,47 +144,50 @@ def control_variants(noises: Sequence[float], *, records: bool) -> tuple[Variant
     return (*(wrong if records else ()), *noisy)
 
 
+def variants_of(config: Config, spec: ModelSpec, extra: Sequence[Variant], keys: Sequence[str]) -> tuple[Variant, ...]:
+    """Return what a study measures: the rows that `keys` names (all where it is empty), and `extra`."""
+    if not config.routing.capture:
+        return (Variant("native", "native", RoutingUse(force=False)), *extra)
+    return (*(one for one in replay_variants(spec) if one.key in keys or not keys), *extra)
+
+
 def measure(
     config: Config,
     task: Task,
     pool: RolloutPool,
     trainers: TrainerGroup,
+    variants: Sequence[Variant],
     *,
     tokens: int,
     control_tokens: int,
     seconds: float,
-    extra: Sequence[Variant],
+    earlier: Earlier,
     say: Say,
 ) -> Study:
     """Generate until there are `tokens` response tokens, or `seconds` passed, and recompute them under every variant.
 
-    `extra` variants see the first `control_tokens` only. Raises what engine and trainer raise.
+    Controls see the first `control_tokens` only. Raises what engine and trainer raise.
     """
-    spec = trainers.spec()
-    native = Variant("native", "native", RoutingUse(force=False))
-    variants = (*(replay_variants(spec) if config.routing.capture else (native,)), *extra)
-    found = {variant.key: Collected() for variant in variants}
-    size, begin = config.rollout.prompts_per_step, time.perf_counter()
-    done, generating, number = 0, 0.0, 0
+    found = {variant.key: earlier.found.get(variant.key, Collected()) for variant in variants}
+    begin, generating = time.perf_counter(), 0.0
+    done, number = earlier.tokens, earlier.rounds
     while not done or (done < tokens and time.perf_counter() - begin < seconds):
         number += 1
         rollout = pool.generate(_prompts(config, task, number), number)
         generating += rollout.seconds
         now = [variant for variant in variants if done < control_tokens or not variant.control]
-        done += _recompute(config, trainers, rollout.batches, now, found, number * size)
+        done += _recompute(config, trainers, rollout.batches, now, found)
         say(f"round {number}: {done:,} of {tokens:,} response tokens, {time.perf_counter() - begin:.0f} s")
     for variant in variants:
-        collected = found[variant.key]
-        if variant.control and mismatch_of(collected.sums().sum(0))["k3"] > config.metrics.alarm_k3:
-            collected.alarms.add("k3")
+        if variant.control and found[variant.key].k3() > config.metrics.alarm_k3:
+            found[variant.key].alarms.add("k3")
     facts = {
         "engine": pool.spec().engine,
         "trainer": trainers.versions(),
-        "rounds": number,
         "generate_s": generating,
         "recompute_s": {variant.key: found[variant.key].seconds for variant in variants},
     }
-    return Study(variants, found, config.routing.capture, facts)
+    return Study(tuple(variants), found, number, config.routing.capture, facts)
 
 
 def _recompute(
@@ -170,7 +196,6 @@ def _recompute(
     batches: Sequence[BatchRef],
     variants: Sequence[Variant],
     found: Mapping[str, Collected],
-    first_cluster: int,
 ) -> int:
     """Add one round to every variant in `found` and return its response tokens."""
     tokens, layers = 0, len(trainers.spec().moe_layers)
@@ -182,7 +207,7 @@ def _recompute(
         tokens = len(answers.rollout)
         for variant, one in zip(chosen, answers.passes, strict=True):
             collected = found[variant.key]
-            collected.add(answers, one, first_cluster, layers)
+            collected.add(answers, one, layers)
             if variant.use.audit:
                 collected.alarms |= {alarm.rule for alarm in find_alarms(one.overlaps, config.routing.min_overlap)}
     return tokens
@@ -211,10 +236,3 @@ def _prompts(config: Config, task: Task, number: int) -> list[Prompt]:
 
 def _changed(batches: Sequence[BatchRef], change: controls.Change) -> list[BatchRef]:
     return [BatchRef.put(Batch.pack(change(batch.get().trajectories()))) for batch in batches]
-
-
-def require_measured(study: Study) -> None:
-    """Raise `R3Error` where a number is not finite, which no table should hide."""
-    for variant in study.variants:
-        if not all(np.isfinite(part).all() for part in study.found[variant.key].d):
-            raise R3Error(f"{variant.name}: a log-prob difference is not finite; engine or trainer overflowed")

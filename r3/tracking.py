@@ -30,6 +30,9 @@ _LINE = (
     ("step", "time/step_s", "{:.2f}s"),
 )
 
+# A rule that every step breaks is not worth a message a step.
+_ALERT_PAUSE_S = 600
+
 
 class Tracker:
     """Writes every step to the run directory, the console and W&B."""
@@ -53,10 +56,15 @@ class Tracker:
                 self._give_up(error)
 
     def alert(self, step: int, alarm: Alarm) -> None:
-        """Send an alarm as a W&B alert, which reaches the people that the project notifies."""
+        """Send an alarm as a W&B alert, to whom the project notifies; of one rule at most every ten minutes."""
         if self._wandb is not None:
             try:
-                self._wandb.alert(title=f"r3: {alarm.rule}", text=f"step {step}: {alarm.sentence}", level="WARN")
+                self._wandb.alert(
+                    title=f"r3: {alarm.rule}",
+                    text=f"step {step}: {alarm.sentence}",
+                    level="WARN",
+                    wait_duration=_ALERT_PAUSE_S,
+                )
             except Exception as error:  # noqa: BLE001 - as in `log`
                 self._give_up(error)
 

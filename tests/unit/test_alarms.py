@@ -126,10 +126,10 @@ class Wandb:
     """Stands where a W&B run would; `broken` makes every call fail."""
 
     def __init__(self, broken: bool) -> None:
-        self.alerts: list[dict[str, str]] = []
+        self.alerts: list[dict[str, object]] = []
         self._broken = broken
 
-    def alert(self, **facts: str) -> None:
+    def alert(self, **facts: object) -> None:
         if self._broken:
             raise ConnectionError("no network")
         self.alerts.append(facts)
@@ -148,4 +148,5 @@ def test_an_alarm_is_a_wandb_alert_that_never_ends_a_run(
     if broken:
         assert [row["event"] for row in read_rows(run.path / "events.jsonl")] == ["wandb_failed"]
     else:
-        assert wandb.alerts == 2 * [{"title": "r3: drift", "text": "step 3: layer 2 drifts", "level": "WARN"}]
+        sent = {"title": "r3: drift", "text": "step 3: layer 2 drifts", "level": "WARN", "wait_duration": 600}
+        assert wandb.alerts == 2 * [sent], "W&B itself leaves out what comes within the pause"

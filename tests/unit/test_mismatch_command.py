@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +15,24 @@ import pytest
 
 from r3 import mismatch
 from r3.config import Config
-from r3.errors import ConfigError
-from r3.study import Collected, Study, Variant, control_variants, replay_variants
+from r3.consistency import cluster_sums
+from r3.errors import ConfigError, DivergenceError
+from r3.metrics import RouterCounts
+from r3.study import (
+    NOTHING,
+    Collected,
+    Earlier,
+    Study,
+    Variant,
+    control_variants,
+    measure,
+    replay_variants,
+    variants_of,
+)
+from r3.tasks import Task
+from r3.trainer.outcome import Recomputation, Recomputed
 from r3.trainer.use import RoutingUse
-from r3.types import ModelSpec
+from r3.types import ModelSpec, Prompt
 from tests.command import ROOT, refused, run_module
 from tests.tiny_model import CONFIG, write_files
 from tests.tiny_weights import write_weights
@@ -55,6 +71,7 @@ def test_help_is_complete_and_light(tmp_path: Path) -> None:
         (["rollout.dtyp=float32"], "rollout.dtype"),
         (["routing.capture=false", "replay.mode=none", "--controls"], "the table has one row"),
         (["--tokens", "0"], "must be positive"),
+        (["--rows", "native,r4"], "--rows r4: there are native, r3"),
         (["--out", "no/such/folder/t.json"], "is no directory"),
         (["model=/no/such/model"], "config.json does not exist"),
         (["--dense", "/no/such/model"], "config.json does not exist"),
@@ -104,9 +121,9 @@ def study(scale: float, compared: bool, variants: tuple[Variant, ...], seed: int
     generator, found = np.random.default_rng(seed), {}
     for variant in variants:
         d = generator.normal(0, scale * (0.5 if variant.use.force else 1), 400)
-        size = np.full(100, 4, np.int64)
-        found[variant.key] = Collected([d], [size], [np.arange(100) // 2], [np.array([10.0, 40, 4, 2])])
-    return Study(variants, found, compared, {"rounds": 1})
+        sums = cluster_sums(d, np.full(100, 4, np.int64), np.arange(100) // 2)
+        found[variant.key] = Collected([sums], [np.array([10.0, 40, 4, 2])])
+    return Study(variants, found, 1, compared, {})
 
 
 def test_the_report_has_every_row_and_factor(
@@ -115,7 +132,7 @@ def test_the_report_has_every_row_and_factor(
     moe = study(0.2, True, (*replay_variants(SPEC), *control_variants([], records=True)))
     moe.found["control_shift"].alarms.update({"lag", "k3"})
     plain = study(0.1, False, (Variant("native", "native", RoutingUse(False)),))
-    monkeypatch.setattr(mismatch, "_study", lambda config, *_: plain if config.model.path == "twin" else moe)
+    monkeypatch.setattr(mismatch, "_study", lambda config, *_, **__: plain if config.model.path == "twin" else moe)
     config = mismatch.study_config(options())
     report = mismatch._report(options(dense="twin"), config, mismatch.dense_config(config, "twin"))
     assert [row["key"] for row in report["rows"]] == [
@@ -132,6 +149,82 @@ def test_the_report_has_every_row_and_factor(
     assert "k3, lag |" in text
     assert "400 response tokens of 100 answers" in text
     assert "native k3 / R3 k3: " in text
+
+
+class Pool:
+    """Stands where the engine does: every round samples the same number of answers."""
+
+    def generate(self, prompts: list[Prompt], step: int) -> Any:
+        return SimpleNamespace(batches=(step, [prompt.index for prompt in prompts]), seconds=1.0)
+
+    def spec(self) -> Any:
+        return SimpleNamespace(engine="made up")
+
+
+class Trainers:
+    """Stands where the trainer does; its numbers are a function of the round and the use."""
+
+    def spec(self) -> ModelSpec:
+        return SPEC
+
+    def versions(self) -> dict[str, str]:
+        return {}
+
+    def measure(self, uses: tuple[RoutingUse, ...], batches: tuple[int, list[int]]) -> Recomputed:
+        step, prompts = batches
+        generator = np.random.default_rng(step)
+        rollout, passes = -generator.random(12 * len(prompts)), []
+        for use in uses:
+            train = rollout + generator.normal(0, 0.1 if use.force else 0.2, len(rollout))
+            counts = replace(RouterCounts.zero(4), compared=10, disagree_any=step)
+            passes.append(Recomputation(train, counts, {}, 0.5))
+        return Recomputed(rollout, np.full(3 * len(prompts), 4), np.arange(3 * len(prompts)) // 3, tuple(passes))
+
+
+def measured(tokens: int, earlier: Earlier, seconds: float = math.inf) -> Study:
+    config = mismatch.study_config(options(overrides=["rollout.prompts_per_step=4"]))
+    task = Task(SimpleNamespace(train_prompt=lambda i: Prompt(i, f"{i}", "")), lambda *_: 0.0)  # type: ignore[arg-type]
+    return measure(
+        config, task, Pool(), Trainers(), variants_of(config, SPEC, (), ("native", "r3")),  # type: ignore[arg-type]
+        tokens=tokens, control_tokens=1, seconds=seconds, earlier=earlier, say=lambda text: None,
+    )  # fmt: skip
+
+
+def test_a_study_in_pieces_is_the_study_in_one_go() -> None:
+    whole, first = measured(190, NOTHING), measured(60, NOTHING)
+    assert (whole.rounds, first.rounds) == (4, 2), "48 tokens a round, whole rounds"
+    second = measured(190, mismatch.earlier_of(json.loads(json.dumps(mismatch._kept(first)))))
+    assert second.rounds == 4
+    assert list(second.rows()) == list(whole.rows())
+    assert [row.tokens for row in whole.rows()] == [192, 192]
+    assert whole.found["native"].k3() > 2 * whole.found["r3"].k3()
+    third = measured(190, mismatch.earlier_of(mismatch._kept(second)))
+    assert third.rounds == 4, "there are tokens enough"
+
+
+def test_time_ends_a_study_behind_a_round() -> None:
+    assert measured(10_000, NOTHING, seconds=0.0).rounds == 1
+
+
+def test_a_difference_that_is_not_finite_is_an_error() -> None:
+    found = Trainers().measure((RoutingUse(force=False),), (1, [1, 2]))
+    found.passes[0].logprobs[3] = np.nan
+    with pytest.raises(DivergenceError, match="not finite"):
+        Collected().add(found, found.passes[0], 4)
+
+
+def test_only_a_report_of_the_same_setting_is_added_to(tmp_path: Path) -> None:
+    config, file = mismatch.study_config(options()), tmp_path / "a.json"
+    kept = {"model": "m", **mismatch._kept(measured(60, NOTHING))}
+    file.write_text(json.dumps({"setting": mismatch._setting(config), "studies": {"moe": kept}}))
+    assert mismatch.read_earlier(file, config).keys() == {"m"}
+    other = mismatch.study_config(options(engine_dtype="float32"))
+    with pytest.raises(ConfigError, match="engine_dtype is 'bfloat16', now 'float32'"):
+        mismatch.read_earlier(file, other)
+    for text in ("no json", "[]", "{}"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="is not what --out of this command writes"):
+            mismatch.read_earlier(file, config)
 
 
 def test_interrupts_and_errors_are_exit_codes(
