@@ -115,8 +115,17 @@ def _sheet(plots: Sequence[Plot], groups: Sequence[Group], path: Path) -> Path |
             axes.set_title(plot.title, fontsize=10, loc="left")
         for axes in cells[len(full) :]:
             axes.set_axis_off()
-        figure.savefig(path, dpi=80, facecolor="white")
+        _write_small(figure, path)
     return path
+
+
+def _write_small(figure: Any, path: Path) -> None:
+    """Write a PNG of 256 colours: a third of the size, and enough for lines, bands and one colour map."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=80, facecolor="white")
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _one_map(key: str, run: Any, axes: Any, groups: Sequence[Group]) -> bool:

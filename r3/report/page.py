@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,11 @@ def render(groups: Sequence[Group], refresh_s: int | None = None) -> str:
 
 def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Return the closing summary of every run side by side: `(name, values)`."""
-    lines = [{line.name: line.value for line in summarise(run.rows, run.final_eval)} for run in runs]
+    # Runs of different length measure a different number of steps; their lines belong side by side all the same.
+    lines = [
+        {re.sub(r"\d+ steps", "the steps", line.name): line.value for line in summarise(run.rows, run.final_eval)}
+        for run in runs
+    ]
     names = list(dict.fromkeys(name for one in lines for name in one))
     states = [("state", [f"{run.state}, step {run.rows[-1]['step'] if run.rows else 0}" for run in runs])]
     return states + [(name, [one.get(name, "") for one in lines]) for name in names]
@@ -86,12 +91,14 @@ def findings(run: Run) -> Iterator[Finding]:
     """Yield what stands out in a run, the worst first; one good sentence when nothing does."""
     bad = list(_bad(run))
     yield from bad
-    if run.config["replay"]["mode"] == "none":
+    replays = run.config["replay"]["mode"] != "none"
+    if not replays:
         yield Finding("note", "Replay is off (replay.mode: none): the trainer routes as it likes.")
     if run.state == "running":
         yield Finding("note", "The run is not finished.")
     if not bad:
-        yield Finding("good", "Nothing stands out: no alarm, every row replayed, k3 in range.")
+        rows = "every row replayed, " if replays else ""
+        yield Finding("good", f"Nothing stands out: no alarm, {rows}k3 in range.")
 
 
 def _bad(run: Run) -> Iterator[Finding]:

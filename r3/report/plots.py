@@ -19,6 +19,8 @@ _DASHES = {"solid": "-", "dashed": "--", "dotted": ":"}
 _RATIOS = (1.2, 1.5, 2.0)
 # Shares below this are drawn on a linear axis, so that 0 has a place.
 _SMALLEST_SHARE = 1e-5
+# A heat map is dark as long as nothing exceeds a fraction of this; large models differ natively by about as much.
+_BRIGHT = 0.1
 # With fewer points than this a series is drawn with markers.
 _SPARSE = 25
 
@@ -42,7 +44,9 @@ def draw_panel(panel: Panel, axes: Any, groups: Sequence[Group]) -> bool:
     axes.set(xlabel="step", ylabel=panel.unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _mark_alarms(axes, groups)
-    _legend(axes, "upper right" if panel.stacked else "best")
+    if panel.limits[1] is None and panel.scale != "share":
+        _make_room(axes)
+    _legend(axes)
     return True
 
 
@@ -52,9 +56,18 @@ def _limit(panel: Panel, axes: Any) -> None:
     if panel.scale == "share":
         return
     if bottom == 0 and top is None:
-        # A stack fills its plot, so the names go above it.
-        top = (1.5 if panel.stacked else 1.12) * float(axes.dataLim.ymax) or 1.0
+        top = 1.12 * float(axes.dataLim.ymax) or 1.0
     axes.set_ylim(bottom, top)
+
+
+def _make_room(axes: Any) -> None:
+    """Raise the upper end of the y axis by the height of the legend."""
+    names = len(axes.get_legend_handles_labels()[0])
+    if names < 2:
+        return
+    transform, (bottom, top) = axes.yaxis.get_transform(), axes.get_ylim()
+    low, high = transform.transform([bottom, top])
+    axes.set_ylim(bottom, transform.inverted().transform([high + (high - low) * 0.09 * names])[0])
 
 
 def _lines(panel: Panel, axes: Any, groups: Sequence[Group]) -> bool:
@@ -179,7 +192,8 @@ def draw_heat_map(key: str, axes: Any, run: Run) -> bool:
         return False
     steps, layers = [step for step, _ in found], list(found[0][1])
     values = np.array([[shares.get(layer, np.nan) for layer in layers] for _, shares in found]).T
-    mesh = axes.pcolormesh(_edges(steps), _edges(layers), values, cmap="cividis", rasterized=True, vmin=0)
+    vmax = max(_BRIGHT, float(np.nanmax(values)))
+    mesh = axes.pcolormesh(_edges(steps), _edges(layers), values, cmap="cividis", rasterized=True, vmin=0, vmax=vmax)
     bar = axes.figure.colorbar(mesh, ax=axes)
     bar.set_label("share of tokens")
     axes.set(xlabel="step", ylabel="layer")

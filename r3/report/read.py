@@ -120,7 +120,7 @@ def _label(group: Sequence[Run], flat: dict[str, Any], differing: Sequence[str])
     if not differing or len(differing) > 2:
         name = group[0].name
     else:
-        name = ", ".join(f"{key.split('.')[-1]}={flat.get(key)}" for key in differing)
+        name = ", ".join(f"{key}={flat.get(key)}" for key in differing)
     return name if len(group) == 1 else f"{name} ({len(group)} seeds)"
 
 

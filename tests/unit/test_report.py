@@ -134,7 +134,10 @@ def test_seeds_of_one_configuration_are_one_group(tmp_path: Path) -> None:
         make_run(tmp_path / f"r3-{seed}", overrides=[f"run.seed={seed}"])
     make_run(tmp_path / "none-0", steps=9, overrides=["replay.mode=none"])
     groups = read_groups(sorted(tmp_path.iterdir()))
-    assert [(group.label, len(group.runs)) for group in groups] == [("mode=none", 1), ("mode=r3 (3 seeds)", 3)]
+    assert [(group.label, len(group.runs)) for group in groups] == [
+        ("replay.mode=none", 1),
+        ("replay.mode=r3 (3 seeds)", 3),
+    ]
     steps, values = groups[1].band("mismatch/k3")
     assert steps.tolist() == list(range(1, 13))
     rows = [{row["step"]: row["mismatch/k3"] for row in run.rows} for run in groups[1].runs]
