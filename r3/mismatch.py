@@ -32,6 +32,7 @@ ROWS = ("native", "r3", "r3_response", "r3_last_half")
 DTYPES = ("bfloat16", "float32", "float16")
 _FACTORS = (
     ("k3", "native", "r3", "native k3 / R3 k3"),
+    ("abs_mean", "native", "r3", "native mean abs / R3 mean abs"),
     ("extreme_1p5", "native", "r3", "tokens beyond ratio 1.5, native / R3"),
     ("k3", "native", "dense", "native k3 / dense k3"),
     ("k3", "r3", "dense", "R3 k3 / dense k3"),

@@ -45,7 +45,8 @@ def value(row: dict[str, Any], key: str) -> float:
 def test_replay_lowers_the_difference(study: tuple[dict[str, Any], str], rows: dict[str, Any]) -> None:
     native, replayed = rows["native"], rows["r3"]
     assert native["tokens"] == replayed["tokens"] >= TOKENS
-    assert native["values"]["abs_mean"]["low"] > replayed["values"]["abs_mean"]["high"]
+    # Of the same answers, so the few that move k3 are in both.
+    assert study[0]["factors"]["native mean abs / R3 mean abs"]["low"] > 1
     assert value(native, "k3") > value(replayed, "k3") > 0
     assert value(native, "extreme_1p5") > value(replayed, "extreme_1p5")
     assert study[0]["factors"]["native k3 / R3 k3"]["value"] > 1
