@@ -44,9 +44,10 @@ def draw_panel(panel: Panel, axes: Any, groups: Sequence[Group]) -> bool:
     axes.set(xlabel="step", ylabel=panel.unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _mark_alarms(axes, groups)
-    if panel.limits[1] is None and panel.scale != "share":
+    roomy = panel.limits[1] is None and panel.scale != "share"
+    if roomy:
         _make_room(axes)
-    _legend(axes)
+    _legend(axes, "upper right" if roomy else "best")
     return True
 
 
