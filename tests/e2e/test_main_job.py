@@ -67,7 +67,8 @@ def test_every_step_replays_every_recorded_row(replayed: tuple[Path, str]) -> No
         assert row["train/grad_norm"] > 0
         assert 0 <= row["mismatch/k3"] < 0.01
         assert 0 <= row["mismatch_native/k3"] < 0.05
-        assert row["transport/bytes_per_token"] == 4 * 4
+        # 16 bytes a row, but the prompt rows of eight samples are stored once.
+        assert 16 / 8 < row["transport/bytes_per_token"] < 16 / 2
     assert rows[0]["train/kl"] < rows[-1]["train/kl"]
 
 
