@@ -7,6 +7,7 @@ import re
 import shutil
 import tomllib
 from collections import namedtuple
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,8 @@ def test_a_package_has_one_range_in_every_extra() -> None:
     """The doctor names the range of a package, so there must be one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted: dict[str, set[str]] = {}
-    for line in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+    extras = project["optional-dependencies"].values()
+    for line in chain(project["dependencies"], *extras):
         requirement = Requirement(line)
         wanted.setdefault(requirement.name, set()).add(str(requirement.specifier))
     assert {name: ranges for name, ranges in wanted.items() if len(ranges) > 1} == {}
