@@ -99,7 +99,7 @@ class RolloutWorker:
         batch = self._pack(made.kept, rewards)
         packed = time.perf_counter()
         for block in batch.blocks:
-            check_constant_layers(block.experts, block.layers)
+            check_constant_layers(block.experts, block.layers, rows=int(batch.row_offsets[-1]))
         checked = made.check_seconds + time.perf_counter() - packed
         return RolloutReport(
             facts=batch.facts(),
