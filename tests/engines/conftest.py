@@ -11,7 +11,7 @@ import pytest
 CHUNK, SLOTS = 32, 2048
 
 
-@pytest.fixture(scope="session", params=["overlap", "no overlap"])
+@pytest.fixture(scope="session", params=["overlap", pytest.param("no overlap", marks=pytest.mark.slow)])
 def stamping(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Return a function that calls a method of `StampingHost`; the engine runs with and without overlap scheduling."""
     import ray

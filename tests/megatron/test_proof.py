@@ -88,6 +88,7 @@ def test_replay_is_proven_in_two_layouts(model: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_a_recompute_without_the_record_is_found(tmp_path: Path, model: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(LEFT_OUT)
     result = run_module("r3.doctor", "replay", "--layout", "dp1,full", f"model={model}", path=(ROOT, tmp_path))
