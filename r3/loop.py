@@ -153,8 +153,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
       stop token included. `truncated_frac`: share of samples that met `rollout.max_new_tokens`, in [0, 1].
     - `rollout/tokens_per_s`: response tokens / seconds of the slowest worker.
     - `router/dropped_samples`, `native_samples`, `stale_rows`: counts; 0 in a healthy run.
-    - `transport/routing_bytes`: of all records; `bytes_per_token`: a row of them, layers x top-k x 1 or 2;
-      `transport/put_s`, `time/checks_s`: seconds of the slowest worker.
+    - `transport/routing_bytes`: of all records, prompt rows that a group shares once; `bytes_per_token`: the same a
+      recorded row, at most layers x top-k x 1 or 2; `transport/put_s`, `time/checks_s`: seconds of the slowest worker.
     """
     responses = np.array([fact.response_tokens for fact in rollout.facts])
     return {

@@ -133,7 +133,8 @@ _TRANSPORT = (
     ),
     Panel(
         "bytes_per_token", "Size of a row", "bytes per token",
-        (Line("transport/bytes_per_token", "routing record"),), "constant: layers x top-k", limits=(0, None),
+        (Line("transport/bytes_per_token", "routing record"),),
+        "flat; below layers x top-k where groups share prompts", limits=(0, None),
     ),
     Panel(
         "transport_time", "Time to move it", "seconds per step",

@@ -48,6 +48,11 @@ class StoredRows:
         """Return how many rows the record of trajectory `i` has."""
         return int(self.offsets[i + 1] - self.offsets[i] + self.shared[i, 1])
 
+    @property
+    def rows(self) -> int:
+        """How many rows the records have together, shared ones counted in each."""
+        return int(self.offsets[-1] + self.shared[:, 1].sum())
+
     def take(self, i: int, experts: ExpertIds) -> ExpertIds:
         """Return the rows of trajectory `i` from a block `[stored rows, layers, k]`; a view where it shares none."""
         own = experts[int(self.offsets[i]) : int(self.offsets[i + 1])]

@@ -204,8 +204,7 @@ class Batch:
     """Trajectories of one rollout call, packed into flat arrays with offset tables: a few large buffers.
 
     `tokens` int32 `[sum S]` with `token_offsets` int64 `[n + 1]`; `logprobs` float32 `[sum (S - prompt_len)]`
-    with `logprob_offsets`; `row_offsets` int64 `[n + 1]` over the routing rows of the records, of which a trajectory
-    without record has none; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as
+    with `logprob_offsets`; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as
     objects of their own, so that a pipeline stage fetches only its layers. `stored` says where in them: prompt rows
     that a group shares are there once. Ray maps the arrays read-only into every reader on the node.
     """
@@ -221,7 +220,6 @@ class Batch:
     finishes: tuple[Finish, ...]
     weight_versions: NDArray[np.int32]
     fingerprint: str
-    row_offsets: NDArray[np.int64]
     stored: StoredRows
     spans: tuple[tuple[Span, ...], ...]
     num_experts: int
@@ -259,7 +257,6 @@ class Batch:
             finishes=tuple(t.finish for t in trajectories),
             weight_versions=np.array([t.weight_version for t in trajectories], dtype=np.int32),
             fingerprint=trajectories[0].fingerprint if trajectories else "",
-            row_offsets=_offsets([t.routing.rows if t.routing else 0 for t in trajectories]),
             stored=stored,
             spans=tuple(t.routing.spans if t.routing else () for t in trajectories),
             num_experts=num_experts,
