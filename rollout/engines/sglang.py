@@ -10,17 +10,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from r3.config import Config
-from r3.errors import ConfigError, EngineError, RoutingError
+from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
-from r3.rollout.engines.sglang_answers import checked_version, finish_of, proven, sampled, sampling_params
+from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
-from r3.rollout.provenance import StaleRows
 from r3.rollout.sglang_plugin.client import switch
-from r3.rollout.wire import Wire, read_sglang
-from r3.routing import Provenance, RoutingTrace
+from r3.routing import Provenance
 from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
 
 
@@ -84,7 +80,13 @@ class SglangEngine:
         if len(outputs) != len(requests):
             raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
         pairs = zip(requests, outputs, strict=True)
-        return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
+        return [
+            read_answer(
+                i, request, output, self._model,
+                version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
+            )
+            for i, (request, output) in enumerate(pairs)
+        ]  # fmt: skip
 
     def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
         """Replace all weights from flattened buckets, or from a checkpoint directory, then flush the prefix cache.
@@ -140,55 +142,6 @@ class SglangEngine:
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"{self._name} refused {len(prompts)} requests: {error}") from error
         return outputs
-
-    def _generation(
-        self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int = 0
-    ) -> Generation:
-        """Check one answer of SGLang and turn it into ours; its rows begin at `start` or, cut here, at 0."""
-        meta = output["meta_info"]
-        response, logprobs = sampled(index, output, self._model, self._name)
-        tokens = np.concatenate([request.tokens, response])
-        finish = finish_of(index, meta, self._name)
-        assert self._version is not None
-        version = checked_version(index, meta, self._version, self._name)
-        routing: RoutingTrace | None = None
-        wire: Wire | None = None
-        stale: tuple[StaleRows, ...] = ()
-        defect: RoutingError | None = None
-        begin = time.perf_counter()
-        if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
-            # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
-            # `_handle_abort_req`): the KV is gone.
-            defect = RoutingError(
-                f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released and "
-                "with it every routing row"
-            )
-        elif capture and not (finish == "abort" and not len(response)):
-            try:
-                decoded = read_sglang(
-                    meta.get("routed_experts"), tokens, self._model,
-                    request=index, weight_version=version, engine=self._name, start=start,
-                )  # fmt: skip
-                wire = decoded.wire
-                routing, stale = proven(
-                    index, decoded.routing, meta, tokens, request,
-                    start=start, engine=self._name, expected=self._provenance,
-                )  # fmt: skip
-            except RoutingError as error:
-                defect = error
-        return Generation(
-            tokens=tokens,
-            prompt_len=len(request.tokens),
-            logprobs=logprobs,
-            routing=routing,
-            finish=finish,
-            weight_version=version,
-            cached_tokens=int(meta.get("cached_tokens") or 0),
-            defect=defect,
-            wire=wire,
-            stale=stale,
-            decode_s=time.perf_counter() - begin,
-        )
 
     def _switch_stamps(self) -> tuple[Provenance, str]:
         if not self._config.routing.capture:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r3.errors import EngineError, RoutingError
-from r3.rollout.engine import Request, Sampling
+from r3.rollout.engine import Generation, Request, Sampling
 from r3.rollout.provenance import StaleRows, cut, with_provenance
+from r3.rollout.wire import Wire, decode_sglang
 from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightVersion
 
@@ -43,7 +45,69 @@ def sampling_params(sampling: Sampling, requests: int) -> list[dict[str, Any]]:
     return [common | seed for seed in seeds]
 
 
-def sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -> tuple[TokenIds, NDArray[np.float32]]:
+def read_answer(
+    index: int,
+    request: Request,
+    output: dict[str, Any],
+    model: ModelSpec,
+    *,
+    version: WeightVersion,
+    engine: str,
+    capture: bool,
+    start: int,
+    provenance: Provenance | None,
+) -> Generation:
+    """Check one answer of SGLang and turn it into ours; SGLang was asked for rows from `start` on.
+
+    `version`: the weights that the engine was given last; `provenance`: what it said of its rows, None where that is
+    not known yet. A record that cannot be used is `Generation.defect`. Raises `EngineError` for tokens, log-probs,
+    finish reason or weight version that are not what they must be.
+    """
+    meta = output["meta_info"]
+    response, logprobs = _sampled(index, output, model, engine)
+    tokens = np.concatenate([request.tokens, response])
+    finish = _finish_of(index, meta, engine)
+    version = _checked_version(index, meta, version, engine)
+    routing: RoutingTrace | None = None
+    wire: Wire | None = None
+    stale: tuple[StaleRows, ...] = ()
+    defect: RoutingError | None = None
+    begin = time.perf_counter()
+    if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
+        # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
+        # `_handle_abort_req`): the KV is gone.
+        defect = RoutingError(
+            f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released and "
+            "with it every routing row"
+        )
+    elif capture and not (finish == "abort" and not len(response)):
+        try:
+            decoded = decode_sglang(
+                meta.get("routed_experts"), tokens, model,
+                request=index, weight_version=version, engine=engine, start=start,
+            )  # fmt: skip
+            wire = decoded.wire
+            routing, stale = _proven(
+                index, decoded.routing, meta, tokens, request, start=start, engine=engine, expected=provenance
+            )
+        except RoutingError as error:
+            defect = error
+    return Generation(
+        tokens=tokens,
+        prompt_len=len(request.tokens),
+        logprobs=logprobs,
+        routing=routing,
+        finish=finish,
+        weight_version=version,
+        cached_tokens=int(meta.get("cached_tokens") or 0),
+        defect=defect,
+        wire=wire,
+        stale=stale,
+        decode_s=time.perf_counter() - begin,
+    )
+
+
+def _sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -> tuple[TokenIds, NDArray[np.float32]]:
     """Return the sampled tokens `[R]` int32 and their log-probs `[R]` float32; SGLang's rows are (log-prob, id, text).
 
     Raises `EngineError` unless there is one log-prob for each token and every token is in the vocabulary.
@@ -60,7 +124,7 @@ def sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -
     return response, np.array([row[0] for row in rows], dtype=np.float32)
 
 
-def finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
+def _finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
     """Return why an answer ended; raise `EngineError` for a reason that means nothing here."""
     reason = (meta.get("finish_reason") or {}).get("type")
     if reason not in _FINISHES:
@@ -68,7 +132,7 @@ def finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
     return _FINISHES[reason]
 
 
-def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, engine: str) -> WeightVersion:
+def _checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, engine: str) -> WeightVersion:
     """Return `loaded`; SGLang stamps answers itself, and one of other weights than the last loaded is never used."""
     if meta.get("weight_version") != str(loaded):
         raise EngineError(
@@ -77,7 +141,7 @@ def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, eng
     return loaded
 
 
-def proven(
+def _proven(
     index: int,
     decoded: RoutingTrace,
     meta: dict[str, Any],

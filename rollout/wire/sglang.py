@@ -14,7 +14,7 @@ from r3.rollout.wire.common import (
     from_base64,
     record,
 )
-from r3.routing import RoutingTrace, TokenIds, expert_dtype
+from r3.routing import TokenIds, expert_dtype
 from r3.types import ModelSpec, WeightVersion
 
 CAPTURE_IS_OFF = (
@@ -25,23 +25,6 @@ STOCK_DTYPE = "int32"
 
 
 def decode_sglang(
-    payload: str | bytes | None,
-    tokens: TokenIds,
-    model: ModelSpec,
-    *,
-    request: int | str,
-    weight_version: WeightVersion,
-    engine: str,
-    start: int = 0,
-    dtype: str | None = None,
-) -> RoutingTrace:
-    """Decode a payload as `read_sglang` does and return the record alone."""
-    return read_sglang(
-        payload, tokens, model, request=request, weight_version=weight_version, engine=engine, start=start, dtype=dtype
-    ).routing
-
-
-def read_sglang(
     payload: str | bytes | None,
     tokens: TokenIds,
     model: ModelSpec,

@@ -67,6 +67,19 @@ def test_required_provenance_refuses_a_stock_server(start: Start, wire: SglangWi
         start(wire, tree={"routing": {"provenance": "require"}})
 
 
+def test_an_abort_in_the_queue_says_that_its_rows_are_gone(start: Start, wire: SglangWire) -> None:
+    engine, _ = start(wire)
+
+    def abort(answer: Body, body: Body) -> None:
+        answer["meta_info"]["finish_reason"] = {"type": "abort"}
+        del answer["meta_info"]["routed_experts"]
+
+    wire.change = abort
+    (found,) = engine.generate([REQUEST], SAMPLING, capture=True)
+    assert found.finish == "abort"
+    assert "aborted in the queue with 4 tokens sampled" in str(found.defect)
+
+
 REPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "no capture": ({"enable_return_routed_experts": False}, "start it with --enable-return-routed-experts"),
     "speculation": ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm 'EAGLE', which is refused: the captu"),
