@@ -80,13 +80,7 @@ class SglangEngine:
         if len(outputs) != len(requests):
             raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
         pairs = zip(requests, outputs, strict=True)
-        return [
-            read_answer(
-                i, request, output, self._model,
-                version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
-            )
-            for i, (request, output) in enumerate(pairs)
-        ]  # fmt: skip
+        return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
 
     def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
         """Replace all weights from flattened buckets, or from a checkpoint directory, then flush the prefix cache.
@@ -142,6 +136,15 @@ class SglangEngine:
         except (ValueError, RuntimeError) as error:
             raise EngineError(f"{self._name} refused {len(prompts)} requests: {error}") from error
         return outputs
+
+    def _generation(
+        self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int = 0
+    ) -> Generation:
+        assert self._version is not None
+        return read_answer(
+            index, request, output, self._model,
+            version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
+        )  # fmt: skip
 
     def _switch_stamps(self) -> tuple[Provenance, str]:
         if not self._config.routing.capture:
