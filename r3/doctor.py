@@ -264,7 +264,11 @@ class _Parts:
             batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]).core)
             rows = int(batch.row_offsets[-1])
             proof = f"provenance {spec.provenance}" + (f" ({spec.unstamped})" if spec.unstamped else "")
-            return f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; {proof}"
+            way = "through shared memory" if spec.shared_memory else f"with the answers ({spec.unshared})"
+            return (
+                f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; {proof}; "
+                f"rows come {way}"
+            )
 
 
 def _own_packages() -> str:

@@ -51,6 +51,7 @@ class EngineSpec:
 
     `recorded`: what its records hold, None from an engine that does not say. `updates`: how it takes new weights.
     `provenance`: `exact` when it stamps rows with their forward passes, else `unknown`, and why in `unstamped`.
+    `shared_memory`: rows come back through shared memory; else with the answers, and why in `unshared`.
     """
 
     model: ModelSpec
@@ -61,6 +62,8 @@ class EngineSpec:
     updates: UpdateKind = "tensors"
     provenance: Provenance = "unknown"
     unstamped: str = "the engine says nothing of who wrote its routing rows"
+    shared_memory: bool = False
+    unshared: str = "the engine sends its rows with its answers"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,10 +17,13 @@ from r3.errors import ConfigError, EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.sglang_answers import checked_version, finish_of, proven, sampled, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
+from r3.rollout.engines.sglang_returned import read_returned
 from r3.rollout.provenance import StaleRows
-from r3.rollout.sglang_plugin.client import switch
-from r3.rollout.wire import Wire, read_sglang
-from r3.routing import Provenance, RoutingTrace
+from r3.rollout.segment import Owner
+from r3.rollout.sglang_plugin.client import open_returns, switch
+from r3.rollout.sglang_plugin.tickets import ticket_of
+from r3.rollout.wire import Decoded, Wire, read_sglang
+from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
 
 
@@ -50,6 +53,7 @@ class SglangEngine:
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise EngineError(f"{self._name} did not start: {error}") from error
         self._provenance, self._unstamped = self._switch_stamps()
+        self._segment, self._unshared = self._open_segment(on_gpu)
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
@@ -58,6 +62,7 @@ class SglangEngine:
         return EngineSpec(
             model, self._name, config.routing.capture, config.rollout.dtype, recorded,
             provenance=self._provenance, unstamped=self._unstamped,
+            shared_memory=self._segment is not None, unshared=self._unshared,
         )  # fmt: skip
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
@@ -80,11 +85,15 @@ class SglangEngine:
         # SGLang takes one start for a batch (0.5.23, `GenerateReqInput`), so what some requests do not want is cut.
         start = min(request.routing_start for request in requests)
         options = {"routed_experts_start_len": start} if start else {}
-        outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
-        if len(outputs) != len(requests):
-            raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
-        pairs = zip(requests, outputs, strict=True)
-        return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
+        try:
+            outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
+            if len(outputs) != len(requests):
+                raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
+            pairs = zip(requests, outputs, strict=True)
+            return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
+        finally:
+            if self._segment is not None:
+                self._segment.abandon()  # what nobody read has no other owner
 
     def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
         """Replace all weights from flattened buckets, or from a checkpoint directory, then flush the prefix cache.
@@ -121,6 +130,8 @@ class SglangEngine:
     def close(self) -> None:
         """Stop SGLang's processes."""
         self._engine.shutdown()
+        if self._segment is not None:
+            self._segment.close()
 
     def _warm_cache(self, prompts: Sequence[list[int]]) -> None:
         """Compute prompts that repeat (a group's samples share theirs) once, instead of once per sample.
@@ -156,7 +167,8 @@ class SglangEngine:
         stale: tuple[StaleRows, ...] = ()
         defect: RoutingError | None = None
         begin = time.perf_counter()
-        if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
+        has_rows = meta.get("routed_experts") is not None or ticket_of(meta) is not None
+        if capture and finish == "abort" and len(response) and not has_rows:
             # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
             # `_handle_abort_req`): the KV is gone.
             defect = RoutingError(
@@ -165,13 +177,10 @@ class SglangEngine:
             )
         elif capture and not (finish == "abort" and not len(response)):
             try:
-                decoded = read_sglang(
-                    meta.get("routed_experts"), tokens, self._model,
-                    request=index, weight_version=version, engine=self._name, start=start,
-                )  # fmt: skip
+                decoded, stamps = self._decoded(index, meta, tokens, version, start)
                 wire = decoded.wire
                 routing, stale = proven(
-                    index, decoded.routing, meta, tokens, request,
+                    index, decoded.routing, stamps, tokens, request,
                     start=start, engine=self._name, expected=self._provenance,
                 )  # fmt: skip
             except RoutingError as error:
@@ -190,13 +199,40 @@ class SglangEngine:
             decode_s=time.perf_counter() - begin,
         )
 
+    def _decoded(
+        self, index: int, meta: dict[str, Any], tokens: TokenIds, version: WeightVersion, start: int
+    ) -> tuple[Decoded, Mapping[str, Any]]:
+        """Return the record of one answer, however it came back, and what holds its stamps."""
+        ticket = None if self._segment is None else ticket_of(meta)
+        if ticket is not None and self._segment is not None:
+            return read_returned(
+                self._segment, ticket, tokens, self._model,
+                request=index, weight_version=version, engine=self._name, start=start,
+            )  # fmt: skip
+        sent = read_sglang(
+            meta.get("routed_experts"), tokens, self._model,
+            request=index, weight_version=version, engine=self._name, start=start,
+        )  # fmt: skip
+        return sent, meta
+
+    def _open_segment(self, on_gpu: bool) -> tuple[Owner | None, str]:
+        routing = self._config.routing
+        if not routing.capture:
+            return None, "routing.capture is off"
+        try:
+            # On a CPU the memory is taken when it is first used: a page fault there is nothing beside a pass.
+            return open_returns(self._engine, routing.shared_memory, routing.shared_mib << 20, prefault=on_gpu)
+        except ConfigError:
+            self._engine.shutdown()
+            raise
+
     def _switch_stamps(self) -> tuple[Provenance, str]:
         if not self._config.routing.capture:
             return "unknown", "routing.capture is off"
         try:
             return switch(self._engine, self._config.routing.provenance)
         except ConfigError:
-            self.close()
+            self._engine.shutdown()
             raise
 
     @contextmanager
