@@ -36,6 +36,7 @@ _MAGIC, _ISSUED, _ABANDONED = range(3)
 _TICKET, _STATE, _DATA, _TRAILER, _CRC, _RESERVED = range(6)
 _PENDING, _READY, _FAILED, _TAKEN, _RELEASED = range(1, 6)
 _POLL_S = (0.00005, 0.001)
+_REASON = 256  # bytes behind any record that can say why there is none
 
 Bytes = NDArray[np.uint8]
 
@@ -208,9 +209,10 @@ class Writer:
         """Write a byte of every page that no record uses yet, so that filling a record meets no page fault."""
         self._mapped.bytes[mmap.PAGESIZE :: mmap.PAGESIZE] = 0
 
-    def allocate(self, data: int, trailer: int = 256) -> Slot | None:
-        """Return a place for `data` bytes and at most `trailer` behind them; None while the segment has no room."""
-        need = _ALIGN + _aligned(data) + _aligned(trailer)
+    def allocate(self, data: int, trailer: int = 0) -> Slot | None:
+        """Return a place for `data` bytes and at least `trailer` behind them; None while the segment has no room."""
+        trailer = max(trailer, _REASON)
+        need = footprint(data, trailer)
         self._reclaim()
         begin = self._room(need)
         if begin is None:
@@ -248,9 +250,9 @@ def _aligned(size: int) -> int:
     return -(-max(size, 1) // _ALIGN) * _ALIGN
 
 
-def footprint(data: int, trailer: int) -> int:
+def footprint(data: int, trailer: int = 0) -> int:
     """Return the bytes that a record takes in a segment."""
-    return _ALIGN + _aligned(data) + _aligned(trailer)
+    return _ALIGN + _aligned(data) + _aligned(max(trailer, _REASON))
 
 
 def as_rows(taken: Taken, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
