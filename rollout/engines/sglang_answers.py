@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, eng
 def proven(
     index: int,
     decoded: RoutingTrace,
-    meta: dict[str, Any],
+    meta: Mapping[str, Any],
     tokens: TokenIds,
     request: Request,
     *,
