@@ -196,6 +196,8 @@ class Writer:
             os.close(descriptor)
         if self._mapped.word(0, _MAGIC) != MAGIC:
             raise RoutingError(f"{path} is no segment of routing records, or of another release")
+        if self._mapped.word(0, _ISSUED):
+            raise RoutingError(f"{path} has had a writer, whose records a second one would overwrite; make a new one")
         self._live: deque[tuple[int, int]] = deque()  # (begin, end) of every record, oldest first
         self._next = _ALIGN
         self._issued = 0

@@ -201,7 +201,7 @@ class SglangEngine:
 
     def _decoded(
         self, index: int, meta: dict[str, Any], tokens: TokenIds, version: WeightVersion, start: int
-    ) -> tuple[Decoded, Mapping[str, Any]]:
+    ) -> tuple[Decoded, Mapping[str, Any] | bytes]:
         """Return the record of one answer, however it came back, and what holds its stamps."""
         ticket = None if self._segment is None else ticket_of(meta)
         if ticket is not None and self._segment is not None:

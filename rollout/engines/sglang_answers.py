@@ -81,7 +81,7 @@ def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, eng
 def proven(
     index: int,
     decoded: RoutingTrace,
-    meta: Mapping[str, Any],
+    meta: Mapping[str, Any] | bytes,
     tokens: TokenIds,
     request: Request,
     *,

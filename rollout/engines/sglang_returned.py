@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from r3.errors import RoutingError
-from r3.rollout.provenance import KEY
 from r3.rollout.segment import Owner, Ticket, as_rows
 from r3.rollout.wire import Decoded, read_rows
 from r3.routing import TokenIds, expert_dtype
@@ -30,7 +26,7 @@ def read_returned(
     weight_version: WeightVersion,
     engine: str,
     start: int,
-) -> tuple[Decoded, Mapping[str, Any]]:
+) -> tuple[Decoded, bytes]:
     """Return the record behind a ticket `(ticket, first row, rows)`, checked like one from the wire, and its stamps.
 
     The rows of a model without dense layers are a view of the segment, which keeps their place while they are used.
@@ -55,4 +51,4 @@ def read_returned(
                 f"request {request}: checksum {routing.crc32:#010x}, the scheduler's rows give {expected:#010x}; "
                 "rows changed in shared memory"
             )
-    return decoded, {KEY: json.loads(taken.trailer)} if taken.trailer else {}
+    return decoded, taken.trailer

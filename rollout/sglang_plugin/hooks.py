@@ -205,7 +205,7 @@ class Hooks:
         ledger, tokens = self._ledger, finished.tokens
         if not ledger.active or not tokens.all():
             return None
-        return lambda slots: ledger.statement(ledger.stamps_of(slots), tokens)
+        return lambda slots: ledger.statement_bytes(slots, tokens)
 
     def process_result(self, original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
         """Note the pass behind every output token that SGLang commits while it processes a batch's result."""

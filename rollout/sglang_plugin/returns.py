@@ -12,7 +12,6 @@ launched later; before the rows of a pass are stored, the jobs that were there w
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -28,11 +27,11 @@ from r3.rollout.sglang_plugin.rows import RowStore, SlotIds
 
 logger = logging.getLogger(__name__)
 
-# Stamps of rows and tokens as compressed text in the worst case, and the weights that they name.
-_TRAILER_PER_STAMP, _TRAILER = 6, 4096
+# Bytes beside the rows: a stamp each of rows and tokens, and the weights that these name.
+_STAMP, _WEIGHTS = 4, 4096
 _SETTLE_S = 60.0
 
-Statement = Callable[[SlotIds], dict[str, Any]]
+Statement = Callable[[SlotIds], bytes]
 
 
 class Pending:
@@ -88,7 +87,7 @@ class Returns:
         the segment has no room.
         """
         rows = int(slots.shape[0])
-        trailer = _TRAILER + _TRAILER_PER_STAMP * (rows + tokens) if statement is not None else _TRAILER
+        trailer = _WEIGHTS + _STAMP * (rows + tokens) if statement is not None else 0
         place = self._writer.allocate(rows * self._store.row_bytes, trailer)
         if place is None:
             return None
@@ -129,5 +128,4 @@ class Returns:
                 f"[0, {self._store.num_experts}): physical ids, or padding"
             )
             return
-        statement = b"" if job.statement is None else json.dumps(job.statement(slots)).encode()
-        job.place.publish(statement)
+        job.place.publish(b"" if job.statement is None else job.statement(slots))

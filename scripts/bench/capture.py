@@ -11,7 +11,7 @@ round: `off` (no capture), `on` (captured, not asked for), `stock` (SGLang's own
 with Student's 95 % interval of its logarithm. The radix cache is flushed before every run, log-probs are not asked for.
 
 Then bit equality: `tee` feeds SGLang's own path and ours from the same passes and compares every id of every answer,
-with groups of equal prompts (radix hits), requests retracted and aborted on the way.
+with groups of equal prompts, half of them cached before, and with requests retracted and aborted on the way.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class Bench:
         self.start_s = time.perf_counter() - begin
         self.owner = Owner(options.shared_mib << 20, prefault=not options.cpu)
         self.way = ""
+        self.has_off = not options.cpu  # there are no CUDA graphs to capture again without it
         self.random = np.random.default_rng(0)
 
     def switch(self, way: str) -> None:
@@ -214,33 +215,26 @@ def _start(model: Path, options: argparse.Namespace) -> Any:
     return sglang.Engine(**common, **GPU, **size, tp_size=options.tp)
 
 
-def race(bench: Bench, loads: Sequence[Load], deadline: float, rounds: int) -> dict[str, list[dict[str, Run]]]:
-    """Run every load in every way, round by round, until the rounds or the time are over."""
-    begin, found = time.perf_counter(), {load.name: list[dict[str, Run]]() for load in loads}
-    total = sum(load.share for load in loads)
-    passed = 0.0
-    for load in loads:
-        passed += load.share / total
-        until = begin + passed * (deadline - begin)
-        longest = 0.0
-        for number in range(rounds + 1):
-            started = time.perf_counter()
-            if number > 2 and started + longest > until:
-                break
-            requests = bench.requests(load)
-            order = [WAYS[(number + i) % len(WAYS)] for i in range(len(WAYS))]
-            runs = {way: bench.run(load, way, requests) for way in order if bench_has(bench, way)}
-            line = ", ".join(f"{way} {load.tokens / run.seconds:.0f}" for way, run in runs.items())
-            print(f"{load.name} round {number}: {line} tokens/s", flush=True)
-            if number:  # the first one compiles kernels and warms the pools
-                found[load.name].append(runs)
-                longest = max(longest, time.perf_counter() - started)
+def race(bench: Bench, load: Load, until: float, rounds: int, warm: bool) -> list[dict[str, Run]]:
+    """Run a load in every way, round by round, until the rounds or the time are over, but three rounds at least.
+
+    `warm`: the first round compiles kernels and fills pools, and is thrown away.
+    """
+    found: list[dict[str, Run]] = []
+    longest = 0.0
+    for number in range(0 if warm else 1, rounds + 1):
+        started = time.perf_counter()
+        if len(found) > 2 and started + longest > until:
+            break
+        requests = bench.requests(load)
+        order = [WAYS[(number + i) % len(WAYS)] for i in range(len(WAYS))]
+        runs = {way: bench.run(load, way, requests) for way in order if way != "off" or bench.has_off}
+        line = ", ".join(f"{way} {load.tokens / run.seconds:.0f}" for way, run in runs.items())
+        print(f"{load.name} round {number}: {line} tokens/s", flush=True)
+        if number:
+            found.append(runs)
+            longest = max(longest, time.perf_counter() - started)
     return found
-
-
-def bench_has(bench: Bench, way: str) -> bool:
-    """The CPU engine has no CUDA graphs, so it has no way to be without capture."""
-    return way != "off" or bench.model.num_layers > 8 or "cuda" in str(getattr(bench.engine.server_args, "device", ""))
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -253,28 +247,24 @@ def interval(ratios: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
 
 
-def rows_of(found: dict[str, list[dict[str, Run]]], loads: Sequence[Load]) -> list[dict[str, Any]]:
-    """Return the table's rows."""
+def rows_of(load: Load, rounds: Sequence[dict[str, Run]]) -> list[dict[str, Any]]:
+    """Return the table's rows of one load."""
     rows = []
-    for load in loads:
-        rounds = found[load.name]
-        if not rounds:
-            continue
-        ways = [way for way in WAYS if way in rounds[0]]
-        for way in ways:
-            speeds = [load.tokens / runs[way].seconds for runs in rounds]
-            for baseline in [other for other in ("off", "on", "stock") if other in ways and other != way] or [way]:
-                ratio, ci95 = interval([runs[baseline].seconds / runs[way].seconds for runs in rounds])
-                rows.append(_row(f"{load.name}, {way}", statistics.median(speeds), "tokens/s", baseline, ratio, ci95))
-            rows.append(_row(f"{load.name}, {way}, p99 between tokens",
-                             statistics.median(runs[way].p99() for runs in rounds), "ms"))  # fmt: skip
-            if way in ("stock", "ours"):
-                for what in ("ready", "decode"):
-                    ratio, ci95 = interval([getattr(runs[way], what) / runs[way].seconds for runs in rounds])
-                    value = statistics.median(getattr(runs[way], what) for runs in rounds)
-                    name = "prompt to rows ready" if what == "ready" else "client decode without checks"
-                    rows.append(_row(f"{load.name}, {way}, {name}", value, "s", "its generation", ratio, ci95))
-        rows.append(_row(f"{load.name}, rounds", len(rounds), "rounds"))
+    ways = [way for way in WAYS if way in rounds[0]]
+    for way in ways:
+        speeds = [load.tokens / runs[way].seconds for runs in rounds]
+        for baseline in [other for other in ("off", "on", "stock") if other in ways and other != way] or [way]:
+            ratio, ci95 = interval([runs[baseline].seconds / runs[way].seconds for runs in rounds])
+            rows.append(_row(f"{load.name}, {way}", statistics.median(speeds), "tokens/s", baseline, ratio, ci95))
+        rows.append(_row(f"{load.name}, {way}, p99 between tokens",
+                         statistics.median(runs[way].p99() for runs in rounds), "ms"))  # fmt: skip
+        if way in ("stock", "ours"):
+            for what in ("ready", "decode"):
+                ratio, ci95 = interval([getattr(runs[way], what) / runs[way].seconds for runs in rounds])
+                value = statistics.median(getattr(runs[way], what) for runs in rounds)
+                name = "prompt to rows ready" if what == "ready" else "client decode without checks"
+                rows.append(_row(f"{load.name}, {way}, {name}", value, "s", "its generation", ratio, ci95))
+    rows.append(_row(f"{load.name}, rounds", len(rounds), "rounds"))
     return rows
 
 
@@ -297,15 +287,14 @@ def tee(bench: Bench, way: str, load: Load, group: int, disturb: bool) -> dict[s
     requests["input_ids"] = [prompts[i - i % group] for i in range(len(prompts))]
     rids = [f"tee-{time.monotonic_ns()}-{i}" for i in range(len(prompts))]
     manager, engine = bench.engine.tokenizer_manager, bench.engine
+    engine.generate(input_ids=requests["input_ids"][: len(prompts) // 2 : group], sampling_params={"max_new_tokens": 1})
 
     async def play() -> Any:
         answer = asyncio.ensure_future(
             engine.async_generate(**requests, rid=rids, return_routed_experts=True, return_logprob=True)
         )
-        while disturb and not answer.done():
-            await asyncio.wait([answer], timeout=1.0)
-            if answer.done():
-                break
+        for pause in (2.0, 4.0) if disturb else ():
+            await asyncio.wait([answer], timeout=pause)
             await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
             await manager.continue_generation(ContinueGenerationReqInput())
             for rid in bench.random.choice(rids, max(1, len(rids) // 128)).tolist():
@@ -339,6 +328,25 @@ def _compare(bench: Bench, output: dict[str, Any], found: dict[str, int]) -> Non
     found["different"] += int((stock != ours.reshape(-1)).sum()) if stock.size == ours.size else ours.size
 
 
+def equality(bench: Bench, load: Load, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare both paths for a while and return the table's rows."""
+    found: list[tuple[str, dict[str, int]]] = []
+    until, longest = time.perf_counter() + options.tee_seconds, 0.0
+    for number in range(100):
+        started = time.perf_counter()
+        if number > 1 and started + longest > until:
+            break
+        way = "tee_raw" if number == 1 else "tee"
+        found.append((way, tee(bench, way, load, options.group, disturb=True)))
+        longest = max(longest, time.perf_counter() - started)
+    rows = []
+    for way, what in (("tee", "SGLang's path fed copies"), ("tee_raw", "SGLang's path fed its buffer, as 0.5.17 does")):
+        for key in found[0][1]:
+            value = sum(counts[key] for name, counts in found if name == way)
+            rows.append(_row(f"bit equality, {what}: {key}", value, "count"))
+    return rows
+
+
 def environment(options: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """Return host, versions and commit."""
     import sglang
@@ -360,13 +368,13 @@ def loads_of(options: argparse.Namespace) -> tuple[Load, ...]:
     """Return the loads; the seed experiment's output lengths are cut where `--out` says so."""
     lengths = np.random.default_rng(1).integers(64, 449, options.mixed)
     if options.cpu:
-        return (Load("1 request", (64,), (16,), 1), Load("8 requests", (32,) * 8, tuple(range(4, 12)), 1))
+        return (Load("8 requests", (32,) * 8, tuple(range(4, 12)), 1), Load("1 request", (64,), (16,), 1))
+    mixed = f"{options.mixed} requests, 1024 in, 64 to 448 out, at most {options.running} running"
     return (
-        Load(f"1 request, 1024 in, {options.out1} out", (1024,), (options.out1,), 1),
+        Load(mixed, (1024,) * options.mixed, tuple(int(n) for n in lengths), 6),
         Load(f"64 requests, 1024 in, {options.out64} out", (1024,) * 64, (options.out64,) * 64, 1.6),
-        Load(f"{options.mixed} requests, 1024 in, 64 to 448 out, at most {options.running} running",
-             (1024,) * options.mixed, tuple(int(n) for n in lengths), 4),
-    )  # fmt: skip
+        Load(f"1 request, 1024 in, {options.out1} out", (1024,), (options.out1,), 1),
+    )
 
 
 def main() -> None:
@@ -393,20 +401,15 @@ def main() -> None:
             options.target.parent.mkdir(exist_ok=True)
             options.target.write_text(json.dumps(table, indent=1) + "\n")
 
-    equal: list[tuple[str, dict[str, int]]] = []
-    until = time.perf_counter() + options.tee_seconds
-    for number in range(100):
-        started = time.perf_counter()
-        way = "tee" if number != 1 else "tee_raw"
-        equal.append((way, tee(bench, way, loads[-1], options.group, disturb=number != 2)))
-        if 2 * time.perf_counter() - started > until:
-            break
-    for way, what in (("tee", "SGLang's path fed copies"), ("tee_raw", "SGLang's path fed its buffer, as 0.5.17 does")):
-        for key in ("ids", "different", "answers", "aborted", "cached", "retractions", "not_compared"):
-            value = sum(found[key] for name, found in equal if name == way)
-            table["rows"].append(_row(f"bit equality, {what}: {key}", value, "count"))
+    table["rows"] += equality(bench, loads[0], options)
     save()
-    table["rows"] += rows_of(race(bench, loads, begin + options.seconds, options.rounds), loads)
+    start, shares = time.perf_counter(), 0.0
+    for number, load in enumerate(loads):
+        shares += load.share / sum(other.share for other in loads)
+        until = start + shares * (begin + options.seconds - start)
+        rounds = race(bench, load, until, options.rounds, warm=number > 0)
+        table["rows"] += rows_of(load, rounds)
+        save()
     facts = bench.facts()
     slots = facts["slots"]
     for name, key in (("stock", "stock_bytes"), ("ours", "our_bytes")):

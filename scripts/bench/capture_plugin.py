@@ -35,6 +35,7 @@ class Ways(product.Hooks):
         self.passes: list[tuple[float, int]] = []
         self.runners: dict[bool, Any] = {}
         self.capturer: Any = None
+        self.ways_returns: Any = None
 
     def make_host_cache(self, original: Callable[..., Any], cache: Any, *args: Any, **kw: Any) -> Any:
         """Make both kinds of rows."""
@@ -140,7 +141,10 @@ class Ways(product.Hooks):
         runner.decode_cuda_graph_runner = self.runners[way != "off"]
         self.way = way
         self._ledger.enabled = way not in ("stock", "off")
-        self.switch_returns(scheduler, path if self._ledger.enabled else "")
+        if self.ways_returns is None:
+            self.switch_returns(scheduler, path)
+            self.ways_returns = self._returns
+        self._returns = self.ways_returns if self._ledger.enabled else None
         self._show()
 
     def _capture_without(self, runner: Any) -> None:

@@ -139,6 +139,13 @@ def test_a_foreign_file_is_no_segment(tmp_path: Path) -> None:
         Writer(str(tmp_path / "other"))
 
 
+def test_a_segment_has_one_writer() -> None:
+    owner, writer = pair()
+    put(writer, 1)
+    with pytest.raises(RoutingError, match="has had a writer"):
+        Writer(owner.path)
+
+
 def shared_kib() -> int:
     return next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "Shmem:" in line)
 

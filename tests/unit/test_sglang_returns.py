@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from r3.errors import RoutingError
-from r3.rollout.provenance import KEY, unpack
+from r3.rollout.provenance import KEY, from_bytes, unpack
 from r3.rollout.segment import Owner, as_rows
 from r3.rollout.sglang_plugin import hooks, returns
 from r3.rollout.sglang_plugin.returns import Returns
@@ -79,11 +78,11 @@ def test_rows_arrive_in_shared_memory_with_what_is_said_of_them() -> None:
     (store, wide), owner = filled(), Owner(1 << 16)
     way = Returns(store, owner.path)
     slots = torch.tensor([5, 2, 30], dtype=torch.int32)
-    ticket = way.submit(slots, 2, lambda found: {"slots": found.tolist()})
+    ticket = way.submit(slots, 2, lambda found: bytes(found.tolist()))
     assert ticket is not None
     taken = owner.take(ticket, 10)
     assert np.array_equal(as_rows(taken, np.uint8, (3, LAYERS, K)), wide[[5, 2, 30]])
-    assert json.loads(taken.trailer) == {"slots": [5, 2, 30]}
+    assert list(taken.trailer) == [5, 2, 30]
     way.stop()
 
 
@@ -225,7 +224,7 @@ def test_a_ticket_travels_and_its_record_has_rows_and_stamps(monkeypatch: pytest
     taken = owner.take(ticket, 10)
     assert (begin, rows) == (0, 5)
     assert as_rows(taken, np.uint8, (5, LAYERS, K))[:, 0, 0].tolist() == ROWS
-    found = unpack({KEY: json.loads(taken.trailer)}, 5, 3)
+    found = from_bytes(taken.trailer, 5, 3)
     assert found is not None
     assert (found.rows.tolist(), found.tokens.tolist()) == ([1, 1, 1, 2, 3], [1, 2, 3])
     engine.hooks.switch_returns(engine, "")
