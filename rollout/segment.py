@@ -10,17 +10,17 @@ of a call that failed, aborted requests. A writer that finds no room is told so 
 rows another way. Records are taken back in the order in which they were made.
 
 Layout, int64 words: file header of 64 bytes `[magic, issued, abandoned]`; then records, each a header of 64 bytes
-`[ticket, state, data bytes, trailer bytes, crc32 of the data, data bytes reserved]`, the data and the trailer. Only the
-writer sets `pending`, `ready` and `failed`, only the reader `taken` and `released`.
+`[ticket, state, data bytes, trailer bytes, data bytes reserved]`, the data and the trailer. Only the writer sets
+`pending`, `ready` and `failed`, only the reader `taken` and `released`.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 import weakref
-import zlib
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,10 +33,12 @@ from r3.errors import RoutingError
 MAGIC = 0x5233524F57530001
 _ALIGN = 64
 _MAGIC, _ISSUED, _ABANDONED = range(3)
-_TICKET, _STATE, _DATA, _TRAILER, _CRC, _RESERVED = range(6)
+_TICKET, _STATE, _DATA, _TRAILER, _RESERVED = range(5)
 _PENDING, _READY, _FAILED, _TAKEN, _RELEASED = range(1, 6)
 _POLL_S = (0.00005, 0.001)
 _REASON = 256  # bytes behind any record that can say why there is none
+
+_LOCK = threading.Lock()
 
 Bytes = NDArray[np.uint8]
 
@@ -51,12 +53,11 @@ class Ticket(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Taken:
     """A record as the reader sees it. `data` uint8 `[bytes]`, a read-only view of the segment that keeps the record in
-    place; `trailer`: a copy; `crc32`: of the data, as the writer computed it.
+    place; `trailer`: a copy.
     """
 
     data: Bytes
     trailer: bytes
-    crc32: int
 
 
 class _Mapped:
@@ -117,14 +118,13 @@ class Owner:
         if mapped.word(ticket.offset, _STATE) == _FAILED:
             mapped.set_word(ticket.offset, _STATE, _RELEASED)
             raise RoutingError(f"the engine could not return its routing: {trailer.decode(errors='replace')}")
-        crc32 = mapped.word(ticket.offset, _CRC)
         mapped.set_word(ticket.offset, _STATE, _TAKEN)
         data: Bytes = np.frombuffer(mapped.memory, np.uint8, size, begin)
         data.flags.writeable = False
         # Views of this array have it as their base, so it dies with the last of them.
         release = weakref.finalize(data, mapped.set_word, ticket.offset, _STATE, _RELEASED)
         release.atexit = False
-        return Taken(data, trailer, crc32)
+        return Taken(data, trailer)
 
     def abandon(self) -> None:
         """Give up every record issued so far that was not taken."""
@@ -145,6 +145,7 @@ class Owner:
                 raise RoutingError(f"record {ticket.number} was given up before it was read; {found} is in its place")
             state = self._mapped.word(ticket.offset, _STATE)
             if state in (_READY, _FAILED):
+                _fence()
                 return
             if state != _PENDING:
                 raise RoutingError(f"record {ticket.number} was read already; a record can be read once")
@@ -180,12 +181,12 @@ class Slot:
         mapped, offset = self._mapped, self.ticket.offset
         self._trailer[: len(trailer)] = np.frombuffer(trailer, np.uint8)
         mapped.set_word(offset, _TRAILER, len(trailer))
-        mapped.set_word(offset, _CRC, zlib.crc32(self.data.data) if state == _READY else 0)
+        _fence()
         mapped.set_word(offset, _STATE, state)
 
 
 class Writer:
-    """The scheduler's side: makes records in a ring. One thread allocates; any thread fills and publishes."""
+    """The scheduler's side: makes records in a ring. Used from one thread."""
 
     def __init__(self, path: str) -> None:
         """Map the segment at `path`; raise `RoutingError` when it is none."""
@@ -246,6 +247,16 @@ class Writer:
             if state != _RELEASED and not (state in (_READY, _FAILED) and ticket <= abandoned):
                 return
             self._live.popleft()
+
+
+def _fence() -> None:
+    """Keep what was written or read before apart from what follows, on processors that reorder them (not x86).
+
+    Letting go of a lock and taking another is the one full barrier that the interpreter offers.
+    """
+    for _ in range(2):
+        with _LOCK:
+            pass
 
 
 def _aligned(size: int) -> int:

@@ -280,7 +280,7 @@ class Hooks:
         if not self._seen_scheduler:
             self.look_at(scheduler)
         if self._returns is not None:
-            self._returns.stop()
+            self._returns.finish()
             self._returns = None
         if not path or self._is_mute:
             return
@@ -289,6 +289,18 @@ class Hooks:
         if self._store is None:
             raise RuntimeError("the engine captures no routing, or its model does not say how many experts it has")
         self._returns = Returns(self._store, path)
+
+    def on_pause(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
+        """Gather what is queued where the engine rests: no pass may follow for long, and a client waits for it.
+
+        Before, because an idle engine may sleep in there; behind, because a pause takes the results under way.
+        """
+        if self._returns is not None:
+            self._returns.finish()
+        outcome = original(scheduler, *args, **kw)
+        if self._returns is not None:
+            self._returns.finish()
+        return outcome
 
     def _note_tokens(self, request: Any) -> None:
         if not request.return_routed_experts:

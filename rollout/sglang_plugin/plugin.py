@@ -37,6 +37,8 @@ class Point:
 
 POINTS: tuple[Point, ...] = (
     Point(f"{_SCHEDULER}.run_batch", "run_batch", ("self", "batch")),
+    Point(f"{_SCHEDULER}.on_idle", "on_pause", ("self",)),
+    Point(f"{_SCHEDULER}.pause_generation", "on_pause", ("self", "recv_req")),
     Point(f"{_EXPERTS}.RoutedExpertsCapturer.__init__", "make_capturer", ("self", "model_config")),
     Point(f"{_CAPTURE}.BaseHostCache.__init__", "make_host_cache",
           ("self", "num_tokens", "num_layers", "topk_size", "name")),

@@ -58,12 +58,13 @@ GPU = {
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests that are sent at once."""
+    """Requests that are sent at once; `cached`: their prompts are in the radix cache by then."""
 
     name: str
     prompts: tuple[int, ...]
     outputs: tuple[int, ...]
     share: float
+    cached: bool = False
 
     @property
     def tokens(self) -> int:
@@ -131,7 +132,7 @@ class Bench:
 
     def requests(self, load: Load) -> dict[str, Any]:
         """Return random prompts and the output lengths."""
-        top = self.model.vocab_size - 500
+        top = self.model.vocab_size - 16
         return {
             "input_ids": [self.random.integers(2, top, n).tolist() for n in load.prompts],
             "sampling_params": [{"temperature": 1.0, "max_new_tokens": n, "ignore_eos": True} for n in load.outputs],
@@ -141,6 +142,8 @@ class Bench:
         """Answer the load once, and take its routing where it was asked for, as our adapter and a stock client do."""
         self.switch(way)
         self.flush()
+        if load.cached:
+            self.engine.generate(input_ids=requests["input_ids"], sampling_params={"max_new_tokens": 1})
         self.facts()
         begin = time.perf_counter()
         outputs = self.engine.generate(**requests, return_routed_experts=way in ("stock", "ours"))
@@ -370,8 +373,14 @@ def loads_of(options: argparse.Namespace) -> tuple[Load, ...]:
     if options.cpu:
         return (Load("8 requests", (32,) * 8, tuple(range(4, 12)), 1), Load("1 request", (64,), (16,), 1))
     mixed = f"{options.mixed} requests, 1024 in, 64 to 448 out, at most {options.running} running"
+    if options.cached:
+        some = tuple(int(n) for n in lengths[: options.running])
+        name = f"{len(some)} requests at once, 1024 in (cached), 64 to 448 out"
+        first = Load(name, (1024,) * len(some), some, 6, cached=True)
+    else:
+        first = Load(mixed, (1024,) * options.mixed, tuple(int(n) for n in lengths), 6)
     return (
-        Load(mixed, (1024,) * options.mixed, tuple(int(n) for n in lengths), 6),
+        first,
         Load(f"64 requests, 1024 in, {options.out64} out", (1024,) * 64, (options.out64,) * 64, 1.6),
         Load(f"1 request, 1024 in, {options.out1} out", (1024,), (options.out1,), 1),
     )
@@ -386,6 +395,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--mem-fraction", type=float, default=0.85)
     parser.add_argument("--log-level", default="error")
+    parser.add_argument("--cached", action="store_true", help="all of --running at once, prompts in the radix cache")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--print", action="store_true", help="leave the docs alone")
     parser.add_argument("--target", type=Path, default=TARGET)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from r3.errors import RoutingError
 from r3.rollout.provenance import KEY, from_bytes, unpack
 from r3.rollout.segment import Owner, as_rows
-from r3.rollout.sglang_plugin import hooks, returns
+from r3.rollout.sglang_plugin import hooks
 from r3.rollout.sglang_plugin.returns import Returns
 from r3.rollout.sglang_plugin.rows import RowStore, narrowed
 from r3.rollout.sglang_plugin.tickets import TICKET_KEY, ticket_of
@@ -80,46 +79,36 @@ def test_rows_arrive_in_shared_memory_with_what_is_said_of_them() -> None:
     slots = torch.tensor([5, 2, 30], dtype=torch.int32)
     ticket = way.submit(slots, 2, lambda found: bytes(found.tolist()))
     assert ticket is not None
-    taken = owner.take(ticket, 10)
+    with pytest.raises(RoutingError, match="was not written within 0 s"):
+        owner.take(ticket, 0)
+    way.finish()
+    taken = owner.take(ticket, 0)
     assert np.array_equal(as_rows(taken, np.uint8, (3, LAYERS, K)), wide[[5, 2, 30]])
     assert list(taken.trailer) == [5, 2, 30]
-    way.stop()
 
 
-def test_rows_are_read_before_their_slots_are_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_gathered_before_the_rows_of_a_later_pass_are_stored() -> None:
     (store, wide), owner = filled(), Owner(1 << 16)
-    arrived = threading.Event()
-
-    class Late(returns.Pending):
-        def get(self) -> Any:
-            assert arrived.wait(30)
-            return super().get()
-
-    monkeypatch.setattr(returns, "Pending", Late)
     way = Returns(store, owner.path)
-    slots = torch.tensor([4, 5])
-    ticket = way.submit(slots, 0, None)
-    assert ticket is not None
-    way.settle(0)  # a pass that was launched before the request finished does not wait for it
-    other = narrowed(torch.zeros((2, LAYERS, K), dtype=torch.int32), 128).numpy()
-    writer = threading.Thread(target=lambda: (way.settle(1), store.put(slots.numpy(), other)))
-    writer.start()
-    arrived.set()
-    writer.join(30)
-    assert np.array_equal(as_rows(owner.take(ticket, 10), np.uint8, (2, LAYERS, K)), wide[[4, 5]])
-    assert not store.compact(slots.numpy()).any()
-    way.stop()
+    table = torch.tensor([4, 5])
+    launched_before = way.submitted
+    first = way.submit(table, 0, None)
+    launched_behind = way.submitted
+    second = way.submit(torch.tensor([6]), 0, None)
+    table[:] = 0  # SGLang gives the place in its table to the next request
+    assert None not in (first, second)
 
-
-def test_a_fault_in_the_thread_reaches_the_reader_and_lets_the_next_pass_go_on() -> None:
-    (store, _), owner = filled(), Owner(1 << 16)
-    way = Returns(store, owner.path)
-    ticket = way.submit(torch.tensor([99]), 0, None)
-    assert ticket is not None
-    way.settle(1)
-    with pytest.raises(RoutingError, match="IndexError: KV slots 99 to 99 of 40"):
-        owner.take(ticket, 10)
-    way.stop()
+    way.settle(launched_before)
+    with pytest.raises(RoutingError, match="was not written within 0 s"):
+        owner.take(first, 0)
+    way.settle(launched_behind)
+    store.put(np.array([4, 5]), narrowed(torch.zeros((2, LAYERS, K), dtype=torch.int32), 128).numpy())
+    assert np.array_equal(as_rows(owner.take(first, 0), np.uint8, (2, LAYERS, K)), wide[[4, 5]])
+    with pytest.raises(RoutingError, match="was not written within 0 s"):
+        owner.take(second, 0)
+    way.finish()
+    assert np.array_equal(as_rows(owner.take(second, 0), np.uint8, (1, LAYERS, K)), wide[[6]])
+    assert way.submitted == 2
 
 
 def test_rows_of_a_bad_pass_are_not_returned() -> None:
@@ -128,10 +117,9 @@ def test_rows_of_a_bad_pass_are_not_returned() -> None:
     store.put(np.array([3]), narrowed(torch.from_numpy(wide[3:4]), 128).numpy())
     way = Returns(store, owner.path)
     ticket = way.submit(torch.tensor([2, 3]), 0, None)
-    assert ticket is not None
+    way.finish()
     with pytest.raises(RoutingError, match=r"1 of 2 rows came from passes with an expert id outside \[0, 128\)"):
-        owner.take(ticket, 10)
-    way.stop()
+        owner.take(ticket, 0)
 
 
 class Pending:
@@ -221,7 +209,13 @@ def test_a_ticket_travels_and_its_record_has_rows_and_stamps(monkeypatch: pytest
     assert one.routed_experts is None
     assert len(one.customized_info[TICKET_KEY]) == 3
     ticket, begin, rows = ticket_of(one.customized_info) or pytest.fail("no ticket")
-    taken = owner.take(ticket, 10)
+    other = request(2, 5, 6, 7)
+    launched = engine.launch(5, 6, fill=40)  # the next request has some of its slots
+    if overlap:
+        with pytest.raises(RoutingError, match="was not written within 0 s"):
+            owner.take(ticket, 0)
+    engine.process(launched, other)
+    taken = owner.take(ticket, 0)
     assert (begin, rows) == (0, 5)
     assert as_rows(taken, np.uint8, (5, LAYERS, K))[:, 0, 0].tolist() == ROWS
     found = from_bytes(taken.trailer, 5, 3)
@@ -245,7 +239,8 @@ def test_without_stamps_the_rows_come_back_all_the_same(monkeypatch: pytest.Monk
     engine.hooks.switch(engine, False)
     engine.hooks.switch_returns(engine, owner.path)
     ticket, *_ = ticket_of(play(engine).customized_info) or pytest.fail("no ticket")
-    assert owner.take(ticket, 10).trailer == b""
+    engine.hooks.on_pause(lambda scheduler: None, engine)
+    assert owner.take(ticket, 0).trailer == b""
 
 
 def test_a_request_without_output_has_no_place_for_a_ticket(monkeypatch: pytest.MonkeyPatch) -> None:
