@@ -409,7 +409,7 @@ def main() -> None:
     def save() -> None:
         if not options.print:
             options.target.parent.mkdir(exist_ok=True)
-            options.target.write_text(json.dumps(table, indent=1) + "\n")
+            options.target.write_text(json.dumps({"runs": [table]}, indent=1) + "\n")
 
     table["rows"] += equality(bench, loads[0], options)
     save()
