@@ -17,7 +17,6 @@ with groups of equal prompts, half of them cached before, and with requests retr
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import math
@@ -33,11 +32,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from scripts.bench.capture_tee import tee
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402  (behind the path, as in the scripts beside this one)
-
 TARGET = ROOT / "docs" / "benchmarks" / "capture.json"
 WAYS = ("off", "on", "stock", "ours")
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -279,58 +280,6 @@ def _row(
             "ci95": shown}  # fmt: skip
 
 
-def tee(bench: Bench, way: str, load: Load, group: int, disturb: bool) -> dict[str, int]:
-    """Answer a load once in a tee and compare both paths id by id; see the module's docstring."""
-    from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
-
-    bench.switch(way)
-    bench.flush()
-    requests = bench.requests(load)
-    prompts = requests["input_ids"]
-    requests["input_ids"] = [prompts[i - i % group] for i in range(len(prompts))]
-    rids = [f"tee-{time.monotonic_ns()}-{i}" for i in range(len(prompts))]
-    manager, engine = bench.engine.tokenizer_manager, bench.engine
-    engine.generate(input_ids=requests["input_ids"][: len(prompts) // 2 : group], sampling_params={"max_new_tokens": 1})
-
-    async def play() -> Any:
-        answer = asyncio.ensure_future(
-            engine.async_generate(**requests, rid=rids, return_routed_experts=True, return_logprob=True)
-        )
-        for pause in (2.0, 4.0) if disturb else ():
-            await asyncio.wait([answer], timeout=pause)
-            await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
-            await manager.continue_generation(ContinueGenerationReqInput())
-            for rid in bench.random.choice(rids, max(1, len(rids) // 128)).tolist():
-                manager.abort_request(rid)
-        return await answer
-
-    found = dict.fromkeys(("ids", "different", "answers", "aborted", "cached", "retractions", "not_compared"), 0)
-    for output in engine.loop.run_until_complete(play()):
-        _compare(bench, output, found)
-    bench.owner.abandon()
-    print(way, found, flush=True)
-    return found
-
-
-def _compare(bench: Bench, output: dict[str, Any], found: dict[str, int]) -> None:
-    import pybase64
-
-    from r3.rollout.sglang_plugin.tickets import ticket_of
-
-    meta = output["meta_info"]
-    found["answers"] += 1
-    found["aborted"] += (meta.get("finish_reason") or {}).get("type") == "abort"
-    found["cached"] += int(meta.get("cached_tokens") or 0)
-    found["retractions"] += int(meta.get("num_retractions") or 0)
-    if ticket_of(meta) is None or not meta.get("routed_experts"):
-        found["not_compared"] += 1
-        return
-    ours = bench.rows(output)
-    stock = np.frombuffer(pybase64.b64decode(meta["routed_experts"]), np.int32)
-    found["ids"] += ours.size
-    found["different"] += int((stock != ours.reshape(-1)).sum()) if stock.size == ours.size else ours.size
-
-
 def equality(bench: Bench, load: Load, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare both paths for a while and return the table's rows."""
     found: list[tuple[str, dict[str, int]]] = []
@@ -340,7 +289,11 @@ def equality(bench: Bench, load: Load, options: argparse.Namespace) -> list[dict
         if number > 1 and started + longest > until:
             break
         way = "tee_raw" if number == 1 else "tee"
-        found.append((way, tee(bench, way, load, options.group, disturb=True)))
+        bench.switch(way)
+        bench.flush()
+        found.append((way, tee(bench, bench.requests(load), options.group)))
+        bench.owner.abandon()
+        print(*found[-1], flush=True)
         longest = max(longest, time.perf_counter() - started)
     rows = []
     for way, what in (("tee", "SGLang's path fed copies"), ("tee_raw", "SGLang's path fed its buffer, as 0.5.17 does")):
