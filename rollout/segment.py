@@ -16,6 +16,7 @@ Layout, int64 words: file header of 64 bytes `[magic, issued, abandoned]`; then 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -23,6 +24,7 @@ import time
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +85,8 @@ class Owner:
 
         Raises `OSError` where the system has no such file or not the memory.
         """
+        if prefault:
+            _require_memory(size)
         self._descriptor = os.memfd_create("r3-routing", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._descriptor, _aligned(size))
@@ -261,6 +265,14 @@ def _fence() -> None:
 
 def _aligned(size: int) -> int:
     return -(-max(size, 1) // _ALIGN) * _ALIGN
+
+
+def _require_memory(size: int) -> None:
+    """Raise `OSError` where the host has not that much to give: taking it all the same would end other processes."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    if size > available // 2:
+        raise OSError(errno.ENOMEM, f"{size >> 20} MiB are more than half of the {available >> 20} MiB available")
 
 
 def footprint(data: int, trailer: int = 0) -> int:

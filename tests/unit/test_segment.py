@@ -137,6 +137,12 @@ def test_a_foreign_file_is_no_segment(tmp_path: Path) -> None:
         Writer(str(tmp_path / "other"))
 
 
+def test_memory_that_the_host_does_not_have_is_never_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: pytest.fail("the host would end other processes"))
+    with pytest.raises(OSError, match="MiB are more than half of the"):
+        Owner(1 << 50, prefault=True)
+
+
 def test_a_segment_has_one_writer() -> None:
     owner, writer = pair()
     put(writer, 1)
