@@ -26,7 +26,8 @@ MIN_ROWS = 32
 # A router that sends every token the same way fits every lag alike, up to this much noise.
 LAG_SLACK = 0.05
 
-Rule = Literal["lag", "overlap", "layer", "window"]
+# The first four are those of this module, the others those of `r3.alarms`.
+Rule = Literal["lag", "overlap", "layer", "window", "k3", "load", "dead", "drift"]
 _PARTS = {
     "router/lag0_overlap": "all rows",
     "router/overlap_prompt": "prompt rows",
@@ -38,7 +39,8 @@ _PARTS = {
 class Alarm:
     """One broken rule. `layer`: global index of an MoE layer; `window`: its first recorded row, counted over the step.
 
-    `value` is the overlap that was found and `threshold` the one that it had to reach, both in [0, 1].
+    `value` is what was found and `threshold` what it had to reach: of the audit an overlap in [0, 1], of the rules of
+    `r3.alarms` the limit that it had to stay within.
     """
 
     rule: Rule
@@ -81,13 +83,19 @@ def choose_windows(rows: int, turn: int) -> NDArray[np.int64]:
 def overlap_metrics(counts: RouterCounts, layers: Sequence[int], windows: NDArray[np.int64]) -> dict[str, float]:
     """Return the `router/*` overlaps of one audited pass, empty where nothing was compared.
 
+    The overlap of a row and layer is |recorded & own top-k| / k, in [0, 1]; a mean is over rows, then layers.
+    `lag0_overlap`: of the record as it stands, above 0.95 in a healthy run. `lag_margin`: that minus the better of the
+    record shifted by -1 or +1 rows, in [-1, 1], positive. `overlap_prompt`, `overlap_sampled`: at lag 0 of one kind of
+    rows. `overlap_window_min`: the lowest mean of a window; `overlap_window_row`: its first recorded row.
+    `audited_rows`: how many were compared. Source: the checks of docs/detection.md; no peer logs them.
+
     The numbers of a layer are those of prompt or of sampled tokens, whichever overlap less: the rows of a prompt that
     many requests share fit the record of any of them, and outnumber the others.
     `layers`: global index of each MoE layer; `windows` `[n, 2]`: what `choose_windows` returned for the pass.
     """
     # All rows, those of the prompts, those of sampled tokens: [layers, lags, 3].
     sums, pairs = _with_all(counts.overlap), _with_all(counts.overlap_pairs)
-    if not pairs[:, :, 0].all():
+    if not layers or not pairs[:, :, 0].all():
         return {}
     known = pairs.min((0, 1)) >= MIN_ROWS
     known[0] = True

@@ -27,7 +27,8 @@ class Recipe:
 
     Sizes are those of a Hugging Face `Qwen3MoeConfig`. The supervised phase runs AdamW at `learning_rate` with a cosine
     over `max_steps` and stops at the first measurement (sampled at temperature 1.0, every `measure_every` steps on
-    `measure_prompts` held-out prompts) of at least `target_reward`; 0 leaves the weights random.
+    `measure_prompts` held-out prompts) of at least `target_reward`; 0 leaves the weights random. With 0 `experts` it is
+    the dense twin, a `Qwen3Config`: every token passes one MLP as wide as `top_k` experts together.
     """
 
     version: int = 5
@@ -63,12 +64,17 @@ class Recipe:
     target_reward: float = 0.35
     seed: int = 0
 
+    @property
+    def dense_size(self) -> int:
+        """Width of a dense layer's MLP; of the MoE model, which has none, what its config says."""
+        return 4 * self.hidden_size if self.experts else self.top_k * self.expert_size
+
     def digest(self) -> str:
         """Returns 12 hexadecimal digits that differ when any field does."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-RECIPES = {"tiny-qwen3moe": Recipe()}
+RECIPES = {"tiny-qwen3moe": Recipe(), "tiny-qwen3": Recipe(experts=0)}
 
 
 def cache_dir() -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -17,9 +17,22 @@ from r3.trainer.group import TrainerGroup
 from r3.types import Prompt
 
 log = logging.getLogger("r3")
+# Told of every alarm: the step and the alarm.
+Alert = Callable[[int, Alarm], None]
 
 
-def prove(config: Config, task: Task, pool: RolloutPool, trainers: TrainerGroup, run: RunDirectory) -> None:
+def no_alert(step: int, alarm: Alarm) -> None:
+    """Tell nobody."""
+
+
+def prove(
+    config: Config,
+    task: Task,
+    pool: RolloutPool,
+    trainers: TrainerGroup,
+    run: RunDirectory,
+    alert: Alert = no_alert,
+) -> None:
     """Compare the two models and, as a canary, replay a few generations before anything is trained.
 
     Raises `EngineError` when the engine does not capture or computes other log-probs; `RoutingError` when cached rows
@@ -35,7 +48,7 @@ def prove(config: Config, task: Task, pool: RolloutPool, trainers: TrainerGroup,
     prompts = canary_prompts(task, config.metrics.canary_prompts)
     found = trainers.audit([pool.canary(prompts)])
     run.log_event("canary", prompts=len(prompts), **found)
-    with alarms_logged(run, step=0):
+    with alarms_logged(run, step=0, alert=alert):
         check_canary(config, found)
 
 
@@ -72,23 +85,24 @@ def check_canary(config: Config, found: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def alarms_logged(run: RunDirectory, step: int) -> Iterator[None]:
-    """Write the alarms that end a run to `events.jsonl` as well."""
+def alarms_logged(run: RunDirectory, step: int, alert: Alert = no_alert) -> Iterator[None]:
+    """Write the alarms that end a run to `events.jsonl` as well, and send an alert of each."""
     try:
         yield
     except AuditError as error:
-        log_alarms(error.alarms, run, step)
+        log_alarms(error.alarms, run, step, alert)
         raise
 
 
-def warn_of(alarms: Sequence[Alarm], run: RunDirectory, step: int) -> None:
+def warn_of(alarms: Sequence[Alarm], run: RunDirectory, step: int, alert: Alert = no_alert) -> None:
     """Log alarms that do not end the run (`routing.on_alarm: warn`)."""
-    log_alarms(alarms, run, step)
+    log_alarms(alarms, run, step, alert)
     for alarm in alarms:
         log.warning("step %d: %s", step, alarm.sentence)
 
 
-def log_alarms(alarms: Sequence[Alarm], run: RunDirectory, step: int) -> None:
-    """Write one event per alarm; step 0 is the start-up canary."""
+def log_alarms(alarms: Sequence[Alarm], run: RunDirectory, step: int, alert: Alert = no_alert) -> None:
+    """Write one event per alarm and send an alert of it; step 0 is the start-up canary."""
     for alarm in alarms:
         run.log_event("routing_alarm", step=step, **asdict(alarm))
+        alert(step, alarm)

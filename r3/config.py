@@ -218,8 +218,8 @@ class RoutingConfig(Section):
 
     @property
     def trains_natively(self) -> bool:
-        """Whether a sample without a record may be trained on."""
-        return "native_sample" in (self.on_error, self.on_missing)
+        """Whether a sample without a record may be trained on; one whose rows are all stale has none left."""
+        return "native_sample" in (self.on_error, self.on_missing) or self.on_stale == "native_rows"
 
 
 class ReplayConfig(Section):
@@ -350,6 +350,20 @@ class MetricsConfig(Section):
 
     counterfactual_every: int = Field(5, ge=0)
     """Run the pass without replay on the same batch every N steps (`mismatch_native/*`); 0 switches it off."""
+    counterfactual_r2: bool = False
+    """On those steps also replay the routing that the trainer chose itself in that pass (`mismatch_r2/*`)."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """An alarm of the `alarm_*` keys below: log it, or also stop the run (exit code 6) behind the step."""
+    alarm_k3: float = Field(0.01, gt=0)
+    """Alarm when `mismatch/k3` exceeds this, in nats; wrong records and gates give more, healthy MoE stacks less."""
+    alarm_load: float = Field(10.0, gt=1)
+    """Alarm when the most loaded expert of a layer gets this many times the mean; experts / top-k is the most."""
+    alarm_dead: float = Field(0.5, gt=0, lt=1)
+    """Alarm when no row chooses this share of a layer's experts, or all rows the same experts."""
+    alarm_drift: float = Field(0.3, gt=0, lt=1)
+    """Alarm when a layer's expert histogram is this far from that of the early steps (total variation, 0 to 1)."""
+    early_steps: int = Field(5, ge=1)
+    """First steps of the run whose expert histogram `alarm_drift` compares with."""
     canary: bool = True
     """Prove engine and trainer on a few prompts before the first step."""
     canary_prompts: int = Field(8, ge=8)
@@ -360,6 +374,10 @@ class MetricsConfig(Section):
     """Stop the run (exit code 6) when `mismatch/k3` exceeds this."""
     max_skipped_steps: int = Field(3, ge=0)
     """Stop the run (exit code 6) after this many optimizer steps in a row with a non-finite gradient."""
+    tokens_every: int = Field(5, ge=0)
+    """Keep the worst tokens, their sequences and the histogram of the difference every N steps (`RUN/tokens.jsonl`)."""
+    worst_tokens: int = Field(20, ge=1, le=500)
+    """Tokens with the largest |log-prob difference| that are kept in such a step."""
 
 
 class TrackingConfig(Section):
@@ -402,6 +420,9 @@ class Config(Section):
             ),
             f"rollout.workers={rollout.workers} exceeds rollout.prompts_per_step={rollout.prompts_per_step}; "
             "lower the first or raise the second": rollout.prompts_per_step < rollout.workers,
+            "metrics.counterfactual_r2 needs routing.capture; capture the routing or switch it off": (
+                self.metrics.counterfactual_r2 and not self.routing.capture
+            ),
             "rollout.max_total_tokens is null, which needs rollout.gpus_per_worker > 0 to measure; name the KV slots": (
                 rollout.max_total_tokens is None and not rollout.gpus_per_worker and not rollout.is_http
             ),

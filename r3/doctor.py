@@ -262,7 +262,7 @@ class _Parts:
                     f"{spec.engine} runs without routing capture; start it with enable_return_routed_experts"
                 )
             batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]).core)
-            rows = int(batch.row_offsets[-1])
+            rows = batch.stored.rows
             proof = f"provenance {spec.provenance}" + (f" ({spec.unstamped})" if spec.unstamped else "")
             way = "through shared memory" if spec.shared_memory else f"with the answers ({spec.unshared})"
             return (

@@ -33,6 +33,7 @@ from r3.tracking import Tracker
 from r3.trainer.group import TrainerGroup
 from r3.transport import Saving
 from r3.types import Prompt, StepResult
+from r3.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,14 @@ def train(
     """Run the method of the module docstring up to step `run.steps`, from the start or from a checkpoint.
 
     Raises `RoutingError` for a record that cannot be trusted (`AuditError` where the audit found it), `EngineError` for
-    a dead engine or rank and `DivergenceError` when the mismatch or the gradient leaves its limits.
+    a dead engine or rank and `DivergenceError` when the mismatch or the gradient leaves its limits, or for an alarm
+    that is to stop the run (`metrics.on_alarm`).
     """
     pool, trainers = actors.pool, actors.trainers
     store = CheckpointStore(run.path, config.run.keep_checkpoints)
     done, skipped = restore(checkpoint, actors) if checkpoint else (0, 0)
-    prove(config, task, pool, trainers, run)
+    prove(config, task, pool, trainers, run, tracker.alert)
+    watch = Watch(config, trainers.spec(), run, tracker.alert, done)
     heldout = [task.heldout_prompt(i) for i in range(config.task.eval_prompts)]
     for step in range(done + 1, config.run.steps + 1):
         clock = Clock()
@@ -71,17 +74,18 @@ def train(
             rollout = pool.generate(training_prompts(config, task, step), step)
         credit = advantages(rollout.rewards, rollout.groups, config.grpo.advantage)
         saving = Saving.start(run.routing(step), rollout.batches) if saves_records(config, step) else None
-        with alarms_logged(run, step):
+        with alarms_logged(run, step, tracker.alert):
             result = trainers.step(step, credit, measures_native(config, step), rollout.batches)
-        warn_of(result.alarms, run, step)
+        warn_of(result.alarms, run, step, tracker.alert)
         if saving is not None:
             saving.wait()
         with clock("weights_s"):
             pool.load_weights(trainers.export())
-        report |= rollout_metrics(rollout) | dict(result.metrics) | clock.metrics(result)
-        tracker.log(step, report)
+        report |= rollout_metrics(rollout) | dict(result.metrics) | watch.measure(result) | clock.metrics(result)
+        tracker.log(step, report, result.tokens)
         run.write_status("running", step=step)
         skipped = skipped + 1 if result.metrics["train/skipped_steps"] else 0
+        watch.check(report, result)
         guard(config, step, report, skipped)
         if saves(config, step):
             state = RunState(
@@ -143,7 +147,15 @@ def measures_native(config: Config, step: int) -> bool:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return `rollout/*`, `transport/*` and the sample counts of one step, from the driver's small facts."""
+    """Return `rollout/*`, `transport/*` and the sample counts of one step, from the driver's small facts.
+
+    - `rollout/reward_mean`, `reward_std` (population): over the samples. `response_tokens_mean`: tokens a sample, the
+      stop token included. `truncated_frac`: share of samples that met `rollout.max_new_tokens`, in [0, 1].
+    - `rollout/tokens_per_s`: response tokens / seconds of the slowest worker.
+    - `router/dropped_samples`, `native_samples`, `stale_rows`: counts; 0 in a healthy run.
+    - `transport/routing_bytes`: of all records, prompt rows that a group shares once; `bytes_per_token`: the same a
+      recorded row, at most layers x top-k x 1 or 2; `transport/put_s`, `time/checks_s`: seconds of the slowest worker.
+    """
     responses = np.array([fact.response_tokens for fact in rollout.facts])
     return {
         "rollout/reward_mean": float(rollout.rewards.mean()),
@@ -187,9 +199,13 @@ class Clock:
         self._phases[phase] = time.perf_counter() - begin
 
     def metrics(self, result: StepResult) -> dict[str, float]:
-        """Return `time/*`; `idle_frac` is the share of the step (evaluation aside) in which the trainer waited."""
-        step_s = time.perf_counter() - self._start - self._phases.pop("eval_s", 0.0)
-        busy = sum(result.metrics.get(f"time/{part}", 0.0) for part in ("train_s", "counterfactual_s", "install_s"))
+        """Return `time/*`; `idle_frac` is the share of the step in which the trainer waited.
+
+        Evaluation and counterfactual passes are measurements: their time is no part of the step's.
+        """
+        measured = self._phases.pop("eval_s", 0.0) + result.metrics.get("time/counterfactual_s", 0.0)
+        step_s = time.perf_counter() - self._start - measured
+        busy = sum(result.metrics.get(f"time/{part}", 0.0) for part in ("train_s", "install_s"))
         return {
             **metrics.prefixed("time", self._phases),
             "time/step_s": step_s,

@@ -15,17 +15,28 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 EXTREME_RATIOS = (1.2, 1.5, 2.0, 5.0)
 # exp() of a log-ratio beyond 20 only overflows; verl clamps at the same value.
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 # Windows of rows that the audit of one pass looks at, at most (`r3.audit`).
 AUDIT_WINDOWS = 32
 
 
 def mismatch(train: ArrayLike, rollout: ArrayLike, lengths: ArrayLike) -> dict[str, float]:
-    """Return every `mismatch/*` value of METRICS.md for one set of response tokens.
+    """Return every `mismatch/*` value for one set of response tokens; empty for an empty set.
 
     `train`, `rollout`: `[tokens]` log-probs in nats of the same sampled tokens at the same temperature, sequences one
-    after another. `lengths`: `[sequences]` tokens of each. All sums run in float64, small differences through expm1.
-    An empty set gives an empty dictionary. Sources: R3 paper section 3 (arXiv 2510.11370), verl rollout_corr.
+    after another. `lengths`: `[sequences]` tokens of each. All sums run in float64, small differences through expm1;
+    d is cut to +-20 before an exponential. Expected: equal sides give 0, or 1 for the keys marked *.
+
+    | key | formula | unit | range, expected | source |
+    |---|---|---|---|---|
+    | k1 | mean(-d) | nats | any sign, abs(k1) < 0.1 | Schulman 2020; R3 (arXiv 2510.11370) section 3 |
+    | k2 | mean(d^2 / 2) | nats | >= 0, near k3 | Schulman 2020 |
+    | k3 | mean(exp(d) - 1 - d) | nats | >= 0; dense 1e-5 to 1e-3 | Schulman 2020; R3 section 3 |
+    | abs_mean, abs_p99, abs_max | of abs(d) | nats | >= 0, mean below 0.1 | slime, SkyRL |
+    | extreme_<tau> | mean(abs(d) > ln tau) | share | [0, 1], 0 for 2 and 5 | R3 section 3, F(tau) |
+    | mult_prob_error* | mean(exp(abs(d))) | ratio | >= 1, below 1.05 | NeMo-RL token_mult_prob_error |
+    | pearson* | correlation of exp(train), exp(rollout) | - | [-1, 1], above 0.99 | verl |
+    | log_ppl_diff, chi2_token, ess_token*, ess_sequence* | `sequence_mismatch` | | | verl rollout_corr |
     """
     lp_train, lp_rollout = np.asarray(train, np.float64), np.asarray(rollout, np.float64)
     if not lp_train.size:
@@ -40,28 +51,35 @@ def mismatch(train: ArrayLike, rollout: ArrayLike, lengths: ArrayLike) -> dict[s
         "abs_p99": float(np.quantile(size, 0.99)),
         "abs_max": float(size.max()),
         **{f"extreme_{_name(tau)}": float(np.mean(size > np.log(tau))) for tau in EXTREME_RATIOS},
-        "mult_prob_error": float(np.mean(np.exp(np.minimum(size, _MAX_LOG_RATIO)))),
+        "mult_prob_error": float(np.mean(np.exp(np.minimum(size, MAX_LOG_RATIO)))),
         "pearson": pearson(np.exp(lp_train), np.exp(lp_rollout)),
         **sequence_mismatch(d, np.asarray(lengths, np.int64)),
     }
 
 
 def k3_terms(d: Floats) -> Floats:
-    """Return exp(d) - 1 - d per token: unbiased for KL(rollout || train) and never negative (Schulman's k3)."""
-    clamped = np.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    """Return exp(d) - 1 - d per token `[tokens]`, in nats, never negative (Schulman's k3).
+
+    Its mean over rollout samples is unbiased for KL(rollout || train).
+    """
+    clamped = np.clip(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return np.expm1(clamped) - clamped
 
 
 def sequence_mismatch(d: Floats, lengths: NDArray[np.int64]) -> dict[str, float]:
     """Return perplexity gap, chi-square and effective sample sizes.
 
-    `d`: `[tokens]` log-ratios; `lengths`: `[sequences]`. `log_ppl_diff`: mean over sequences of the mean of -d
-    (rollout minus train, verl's sign). `chi2_token` = mean(rho^2) - 1. `ess_*` = (sum w)^2 / (n sum w^2) in (0, 1].
+    `d`: `[tokens]` log-ratios in nats; `lengths`: `[sequences]`. rho = exp(d) of a token, w = exp(sum of d) of a
+    sequence. Source: verl rollout_corr.
+
+    - `log_ppl_diff`: mean over sequences of the mean of -d, nats (rollout minus train, verl's sign); around 0.
+    - `chi2_token`: mean(rho^2) - 1; around 0, at least -1.
+    - `ess_token`, `ess_sequence`: (sum of rho)^2 / (n sum of rho^2), the same of w; in (0, 1], near 1.
     """
     lengths = lengths[lengths > 0]
     sums = np.add.reduceat(d, np.concatenate([[0], np.cumsum(lengths)[:-1]]))
-    rho = np.exp(np.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-    weights = np.exp(np.clip(sums, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+    rho = np.exp(np.clip(d, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    weights = np.exp(np.clip(sums, -MAX_LOG_RATIO, MAX_LOG_RATIO))
     return {
         "log_ppl_diff": float(np.mean(-sums / lengths)),
         "chi2_token": float(np.mean(rho * rho) - 1),
@@ -76,7 +94,10 @@ def effective_sample_size(weights: Floats) -> float:
 
 
 def pearson(a: Floats, b: Floats) -> float:
-    """Return the Pearson correlation of two probability vectors; for a constant one, 1 if both are equal, else 0."""
+    """Return the Pearson correlation of two probability vectors `[tokens]`, in [-1, 1].
+
+    For a constant vector 1 if both are equal, else 0.
+    """
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.sqrt(np.sum(a * a) * np.sum(b * b)))
     if scale == 0.0:
@@ -85,7 +106,10 @@ def pearson(a: Floats, b: Floats) -> float:
 
 
 def gain(native: Mapping[str, float], replayed: Mapping[str, float]) -> dict[str, float]:
-    """Return `gain_k3`, native over replayed k3; empty when the divisor is 0."""
+    """Return `gain_k3` = native k3 / replayed k3 of the same batch, a factor; empty when the divisor is 0.
+
+    Expected: above 1; about 2 in the R3 paper, section 3. Its interval is wide where few tokens carry k3.
+    """
     if not native or not replayed or replayed["k3"] == 0.0:
         return {}
     return {"gain_k3": native["k3"] / replayed["k3"]}
@@ -141,8 +165,9 @@ class RouterCounts:
 def disagreement(counts: RouterCounts, kind: str, layers: Sequence[int]) -> dict[str, float]:
     """Return `router/<kind>_disagree_*` of one pass; `kind`: `native` (no replay), `shadow` (inside the replayed pass).
 
-    `layers`: global index of each MoE layer. The shares lie in [0, 1]; R3 paper: about 0.1 and 0.94 natively for
-    Qwen3-30B-A3B.
+    Shares in [0, 1] of (token, layer) pairs, of tokens in any layer, and of the tokens of a layer, whose own top-k set
+    is not the recorded one. `layers`: global index of each MoE layer. Expected: shadow below native. R3 paper, section
+    3: about 0.1 and 0.94 natively for Qwen3-30B-A3B.
     """
     if not counts.compared:
         return {}
@@ -157,7 +182,12 @@ def disagreement(counts: RouterCounts, kind: str, layers: Sequence[int]) -> dict
 
 
 def replay_health(counts: RouterCounts) -> dict[str, float]:
-    """Return coverage (1 under replay), the row classes as shares of all rows, and mismatched ids (0)."""
+    """Return coverage, the row classes and mismatched ids of the replayed passes of a step.
+
+    - `coverage`: rows replayed with their record / recorded rows that a trained token depends on; must be 1.
+    - `native_rows`, `missing_rows`, `pad_rows`: shares of all rows in [0, 1]; each last token is native.
+    - `mismatched_ids`: recorded ids that the router did not use, a count; must be 0.
+    """
     total = counts.replayed + counts.native + counts.pads
     if not total:
         return {}
@@ -170,11 +200,49 @@ def replay_health(counts: RouterCounts) -> dict[str, float]:
     }
 
 
-def load_max_over_mean(experts: NDArray[np.unsignedinteger], num_experts: int) -> float:
-    """Return the largest over the mean expert load of routing `[rows, layers, k]`, worst layer; 1 is balanced."""
-    rows, layers, k = experts.shape
-    loads = [np.bincount(experts[:, layer].reshape(-1), minlength=num_experts) for layer in range(layers)]
-    return max(float(load.max()) for load in loads) * num_experts / (rows * k)
+def expert_loads(experts: NDArray[np.unsignedinteger], num_experts: int) -> NDArray[np.int64]:
+    """Count how often each expert was chosen in routing `[rows, layers, k]`; int64 `[layers, experts]`."""
+    layers = range(experts.shape[1])
+    counts = [np.bincount(experts[:, layer].reshape(-1), minlength=num_experts) for layer in layers]
+    return np.array(counts, np.int64).reshape(len(layers), num_experts)
+
+
+def load_imbalance(loads: NDArray[np.int64]) -> Floats:
+    """Return the largest over the mean expert load of each layer of `loads` `[layers, experts]`, 0 without rows.
+
+    In [1, experts / k]: 1 is balanced, experts / k means that some expert gets every row. prime-rl's max_vio is this
+    minus 1.
+    """
+    mean = loads.mean(1)
+    return np.where(mean > 0, loads.max(1) / np.maximum(mean, 1e-300), 0.0)
+
+
+def load_metrics(loads: NDArray[np.int64], top_k: int) -> dict[str, float]:
+    """Return the expert loads of a step's records `[layers, experts]` in three numbers; empty without a record.
+
+    - `router/load_max_over_mean`: `load_imbalance` of the worst layer.
+    - `router/dead_experts`: share of (layer, expert) pairs that no row chose, in [0, 1]; it falls with more rows.
+    - `router/dead_layers`: layers that use no more than `top_k` experts at all, so that every row is routed alike;
+      must be 0.
+    """
+    if not loads.any():
+        return {}
+    return {
+        "router/load_max_over_mean": float(load_imbalance(loads).max()),
+        "router/dead_experts": float((loads == 0).mean()),
+        "router/dead_layers": float(((loads > 0).sum(1) <= top_k).sum()),
+    }
+
+
+def load_drift(loads: NDArray[np.int64], reference: NDArray[np.int64]) -> Floats:
+    """Return the total variation distance of two expert histograms `[layers, experts]`, per layer.
+
+    sum(abs(p - q)) / 2 of the shares p and q, in [0, 1]: 0 is the same histogram, 1 means no expert in common. Layers
+    without rows on one side give 0. Two samples of n choices from one histogram differ by about sqrt(experts / n).
+    """
+    sums = loads.sum(1), reference.sum(1)
+    p, q = (counts / np.maximum(total, 1)[:, None] for counts, total in zip((loads, reference), sums, strict=True))
+    return np.where((sums[0] > 0) & (sums[1] > 0), np.abs(p - q).sum(1) / 2, 0.0)
 
 
 def bootstrap_interval(

@@ -12,7 +12,7 @@ from r3.builtin import PREFIX, Recipe, is_built, plan_model
 from r3.config import Config
 from r3.errors import ConfigError
 from r3.trainer.architecture import Architecture
-from r3.types import ModelSpec
+from r3.types import DENSE, ModelSpec
 
 # Prompt lengths are not known before a tokenizer is loaded; sizes that depend on them are given for this many tokens.
 PROMPT_TOKENS = 512
@@ -182,7 +182,7 @@ def _count_in_file(path: Path) -> int:
 def _size_of_recipe(recipe: Recipe) -> ModelSize:
     """Return the size of a built-in model before it is made; its tokenizer may turn out smaller than the recipe's."""
     config = {
-        "model_type": "qwen3_moe",
+        "model_type": "qwen3_moe" if recipe.experts else DENSE,
         "num_hidden_layers": recipe.layers,
         "num_experts": recipe.experts,
         "num_experts_per_tok": recipe.top_k,
@@ -193,11 +193,13 @@ def _size_of_recipe(recipe: Recipe) -> ModelSize:
         "head_dim": recipe.head_dim,
         "max_position_embeddings": recipe.max_positions,
         "moe_intermediate_size": recipe.expert_size,
-        "intermediate_size": 4 * recipe.hidden_size,
+        "intermediate_size": recipe.dense_size,
         "rms_norm_eps": 1e-6,
     }
     hidden, width = recipe.hidden_size, recipe.head_dim
     attention = hidden * width * 2 * (recipe.heads + recipe.kv_heads) + 2 * width
     experts = recipe.experts * (hidden + 3 * hidden * recipe.expert_size)
+    if not recipe.experts:
+        experts = 3 * hidden * recipe.dense_size
     parameters = recipe.layers * (attention + experts + 2 * hidden) + (2 * recipe.tokenizer_vocab + 1) * hidden
     return ModelSize(Architecture.from_hf_config(config, "the recipe"), parameters, None)

@@ -48,6 +48,8 @@ def check(config: Config, *, trains: bool = True) -> ModelSize:
             _collect(faults, lambda: _check_files(directory))
         faults += _check_lengths(config, size)
         arch = size.arch
+        if config.routing.capture:
+            _collect(faults, lambda: arch.spec.require_routers(config.model.path))
         _collect(faults, lambda: require_layout(arch, config.trainer))
     if config.rollout.engine == "sglang":
         where = size.directory if size else None

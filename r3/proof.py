@@ -203,7 +203,8 @@ def _source(config: Config) -> Mapping[str, Any]:
     if name.startswith(PREFIX) and not is_built(plan_model(name, target_reward=reward, seed=seed)[1]):
         reward = 0  # only the shapes are read, and random weights are made in seconds
     path = Path(resolve_model(name, target_reward=reward, seed=seed)) / "config.json"
-    ModelSpec.from_directory(path.parent)  # says what is wrong with a file that cannot be read
+    # Says what is wrong with a file that cannot be read.
+    ModelSpec.from_directory(path.parent).require_routers(name)
     contents: Mapping[str, Any] = json.loads(path.read_text())
     return contents
 

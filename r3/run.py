@@ -14,6 +14,7 @@ from typing import Any
 from r3.checkpoint import FOLDER, LOCK, replace_text
 from r3.config import Config, load_config
 from r3.errors import CheckpointError, ConfigError
+from r3.tokens import TokenReport
 
 RESOLVED = "config.resolved.yaml"
 # What a run writes, and so what `--overwrite` deletes; anything else in the directory is the user's.
@@ -21,11 +22,14 @@ _OWN = (
     RESOLVED,
     "metrics.jsonl",
     "events.jsonl",
+    "tokens.jsonl",
     "status.json",
     "curves.png",
+    "expert_load.json",
     "hf",
     "wandb",
     "report.html",
+    "report_png",
     FOLDER,
     "routing",
 )
@@ -74,6 +78,8 @@ class RunDirectory:
             raise CheckpointError(f"{path} cannot be resumed with another {'; '.join(refused)}; start a new run")
         run = cls(path)
         _keep_until(run.metrics, step)
+        if run.tokens.exists():
+            _keep_until(run.tokens, step)
         replace_text(path / RESOLVED, config.to_yaml())
         run.log_event("resumed", step=step, changed={key: list(values) for key, values in changed.items()})
         run.write_status("starting", resumed_from=step)
@@ -89,6 +95,16 @@ class RunDirectory:
         """One JSON object per step."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def expert_load(self) -> Path:
+        """Expert loads of the early steps, for `metrics.alarm_drift`."""
+        return self.path / "expert_load.json"
+
+    @property
+    def tokens(self) -> Path:
+        """One JSON object (`r3.tokens.TokenReport`) for every step that looked at single tokens."""
+        return self.path / "tokens.jsonl"
+
     def routing(self, step: int) -> Path:
         """The routing records of one step, where `routing.save_every` saves them."""
         return self.path / "routing" / f"step-{step:08d}.r3"
@@ -101,6 +117,10 @@ class RunDirectory:
     def log_metrics(self, row: Mapping[str, float]) -> None:
         """Append one step to `metrics.jsonl`."""
         _append(self.metrics, row)
+
+    def log_tokens(self, report: TokenReport) -> None:
+        """Append what a step keeps of its tokens to `tokens.jsonl`."""
+        _append(self.tokens, report.to_row())
 
     def log_event(self, kind: str, **facts: object) -> None:
         """Append one event (`canary`, `worker_replaced`, `sample_dropped`...) to `events.jsonl`."""

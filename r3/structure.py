@@ -83,19 +83,23 @@ def constant_layers(experts: ExpertIds) -> Bools:
     return constant
 
 
-def check_constant_layers(experts: ExpertIds, layers: Sequence[int], minimum_rows: int = CONSTANT_ROWS) -> None:
+def check_constant_layers(
+    experts: ExpertIds, layers: Sequence[int], minimum_rows: int = CONSTANT_ROWS, rows: int | None = None
+) -> None:
     """Raise `RoutingError` when a layer sends all of at least `minimum_rows` rows to one and the same expert list.
 
     Call it over all rows of a batch `[rows, layers, k]`: a live router never does that, a buffer that was written once
-    does (SGLang PR #36404 shows one row 67 times).
+    does (SGLang PR #36404 shows one row 67 times). `rows`: how many rows these stand for, where shared ones are there
+    once.
     """
-    if experts.shape[0] < minimum_rows:
+    count = experts.shape[0] if rows is None else rows
+    if count < minimum_rows or not experts.shape[0]:
         return
     constant = constant_layers(experts)
     if constant.any():
         layer = int(np.argmax(constant))
         raise RoutingError(
-            f"layer {layers[layer]} routes all {experts.shape[0]} rows to {experts[0, layer].tolist()}; "
+            f"layer {layers[layer]} routes all {count} rows to {experts[0, layer].tolist()}; "
             "its router was not captured"
         )
 

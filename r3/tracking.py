@@ -9,9 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r3 import charts
+from r3.audit import Alarm
 from r3.config import Config, TrackingConfig
 from r3.errors import ConfigError
 from r3.run import RunDirectory
+from r3.tokens import TokenReport
 
 log = logging.getLogger("r3")
 
@@ -27,6 +30,9 @@ _LINE = (
     ("step", "time/step_s", "{:.2f}s"),
 )
 
+# A rule that every step breaks is not worth a message a step.
+_ALERT_PAUSE_S = 600
+
 
 class Tracker:
     """Writes every step to the run directory, the console and W&B."""
@@ -36,15 +42,30 @@ class Tracker:
         self._steps = config.run.steps
         self._wandb = open_wandb(config, run.path)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one step."""
+    def log(self, step: int, metrics: Mapping[str, float], tokens: TokenReport | None = None) -> None:
+        """Record the metrics of one step, and its single tokens where it looked at them."""
         row = {"step": step, **metrics}
         self._run.log_metrics(row)
+        if tokens is not None:
+            self._run.log_tokens(tokens)
         print(console_line(step, self._steps, metrics), flush=True)
         if self._wandb is not None:
             try:
-                self._wandb.log(row)
+                self._wandb.log({**row, **charts.of_step(metrics, tokens)})
             except Exception as error:  # noqa: BLE001 - the tracker is a guest: whatever it raises must not end a run
+                self._give_up(error)
+
+    def alert(self, step: int, alarm: Alarm) -> None:
+        """Send an alarm as a W&B alert, to whom the project notifies; of one rule at most every ten minutes."""
+        if self._wandb is not None:
+            try:
+                self._wandb.alert(
+                    title=f"r3: {alarm.rule}",
+                    text=f"step {step}: {alarm.sentence}",
+                    level="WARN",
+                    wait_duration=_ALERT_PAUSE_S,
+                )
+            except Exception as error:  # noqa: BLE001 - as in `log`
                 self._give_up(error)
 
     def close(self, exit_code: int) -> None:
@@ -97,7 +118,7 @@ def open_wandb(config: Config, directory: Path) -> Any | None:
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
-        run.define_metric("*", step_metric="step")
+        charts.define(run)
     except Exception as error:
         if mode == "online" and config.tracking.wandb == "online":
             raise ConfigError(f"tracking.wandb=online, but W&B cannot start: {error}") from error

@@ -14,18 +14,23 @@ from numpy.typing import NDArray
 
 from r3.audit import Alarm
 from r3.errors import ConfigError, RoutingError
+from r3.prefixes import StoredRows
 from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
+from r3.tokens import TokenReport
 
 Finish = Literal["stop", "length", "abort"]
 WeightVersion = int
+# The model type of the one dense family that is supported, as a control.
+DENSE = "qwen3"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The facts of a Mixture-of-Experts checkpoint that engine and trainer must agree on.
+    """The facts of a checkpoint that engine and trainer must agree on.
 
-    `moe_layers`: global index of every layer that has a router, ascending. `fingerprint`: sha256 over all other fields;
-    it travels with every trajectory.
+    `moe_layers`: global index of every layer that has a router, ascending. A dense Qwen3, the control of a
+    Mixture-of-Experts model, has none, 0 experts and a top-k of 0. `fingerprint`: sha256 over all other fields; it
+    travels with every trajectory.
     """
 
     model_type: str
@@ -57,10 +62,13 @@ class ModelSpec:
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, object], source: str = "config.json") -> ModelSpec:
-        """Derive the spec from a Hugging Face `config.json`; raise `ConfigError` unless Qwen3-MoE or Mixtral."""
+        """Derive the spec from a Hugging Face `config.json`; raise `ConfigError` unless Qwen3(-MoE) or Mixtral."""
         model_type = config.get("model_type")
-        if model_type not in ("qwen3_moe", "mixtral"):
-            raise ConfigError(f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe', 'mixtral'")
+        if model_type not in ("qwen3_moe", "mixtral", DENSE):
+            raise ConfigError(
+                f"{source}: model_type is {model_type!r}; supported: 'qwen3_moe', 'mixtral', and as a dense control "
+                f"without routing {DENSE!r}"
+            )
 
         def integer(key: str, default: int | None = None) -> int:
             value = config.get(key, default)
@@ -69,6 +77,8 @@ class ModelSpec:
             return value
 
         num_layers = integer("num_hidden_layers")
+        if model_type == DENSE:
+            return cls(DENSE, num_layers, (), 0, 0, integer("hidden_size"), integer("vocab_size"))
         # Every layer of a Mixtral is an MoE layer, whatever keys of other models its config carries.
         sparse_step = integer("decoder_sparse_step", 1) if model_type == "qwen3_moe" else 1
         dense = (config.get("mlp_only_layers") or []) if model_type == "qwen3_moe" else []
@@ -91,7 +101,15 @@ class ModelSpec:
 
     def routing_bytes(self, tokens: int) -> int:
         """Bytes of routing record for `tokens` rows."""
-        return tokens * len(self.moe_layers) * self.top_k * expert_dtype(self.num_experts).itemsize
+        return tokens * len(self.moe_layers) * self.top_k * expert_dtype(max(self.num_experts, 1)).itemsize
+
+    def require_routers(self, model: str) -> None:
+        """Raise `ConfigError` for a dense model, which has no routing to capture."""
+        if not self.moe_layers:
+            raise ConfigError(
+                f"model {model} is dense: there is no routing to capture; name a Mixture-of-Experts model, or run it "
+                "as a control with routing.capture=false replay.mode=none"
+            )
 
     def require_same(self, other: ModelSpec, ours: str, theirs: str) -> None:
         """Raise `ConfigError` that lists every differing field unless `other` describes the same model."""
@@ -153,8 +171,8 @@ class SampleFacts(NamedTuple):
 class RoutingBlock:
     """The records of a `Batch` in a few MoE layers, an object of its own in the object store.
 
-    `layers`: global index of each; `experts` `[sum rows, layers, k]` in the order of the batch; `crc32` uint32 `[n]`
-    over each trajectory's rows of this block and its tokens.
+    `layers`: global index of each; `experts` `[stored rows, layers, k]` in the order of the batch, prompt rows of a
+    group once; `crc32` uint32 `[n]` over each trajectory's rows of this block and its tokens.
     """
 
     layers: tuple[int, ...]
@@ -186,9 +204,9 @@ class Batch:
     """Trajectories of one rollout call, packed into flat arrays with offset tables: a few large buffers.
 
     `tokens` int32 `[sum S]` with `token_offsets` int64 `[n + 1]`; `logprobs` float32 `[sum (S - prompt_len)]`
-    with `logprob_offsets`; `row_offsets` int64 `[n + 1]` into the routing rows, of which a trajectory without record
-    has none; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as objects of their
-    own, so that a pipeline stage fetches only its layers. Ray maps the arrays read-only into every reader on the node.
+    with `logprob_offsets`; `spans` of each record. The rows themselves are in `blocks`, all or some: they travel as
+    objects of their own, so that a pipeline stage fetches only its layers. `stored` says where in them: prompt rows
+    that a group shares are there once. Ray maps the arrays read-only into every reader on the node.
     """
 
     tokens: TokenIds
@@ -202,7 +220,7 @@ class Batch:
     finishes: tuple[Finish, ...]
     weight_versions: NDArray[np.int32]
     fingerprint: str
-    row_offsets: NDArray[np.int64]
+    stored: StoredRows
     spans: tuple[tuple[Span, ...], ...]
     num_experts: int
     engine: str
@@ -222,6 +240,11 @@ class Batch:
                 f"trajectories of different models or engines cannot be packed together: {sorted(kinds)}"
             )
         layers, num_experts, _, engine, provenance = kinds.pop() if kinds else ((), 1, 0, "", "unknown")
+        stored = StoredRows.of(
+            [t.routing.experts if t.routing else None for t in trajectories],
+            [t.group for t in trajectories],
+            [t.prompt_len for t in trajectories],
+        )
         return cls(
             tokens=np.concatenate([np.empty(0, np.int32), *(t.tokens for t in trajectories)]),
             token_offsets=_offsets([len(t.tokens) for t in trajectories]),
@@ -234,12 +257,12 @@ class Batch:
             finishes=tuple(t.finish for t in trajectories),
             weight_versions=np.array([t.weight_version for t in trajectories], dtype=np.int32),
             fingerprint=trajectories[0].fingerprint if trajectories else "",
-            row_offsets=_offsets([t.routing.rows if t.routing else 0 for t in trajectories]),
+            stored=stored,
             spans=tuple(t.routing.spans if t.routing else () for t in trajectories),
             num_experts=num_experts,
             engine=engine,
             provenance=provenance,
-            blocks=_split(trajectories, layer_blocks(layers, block_layers or len(layers))),
+            blocks=_split(trajectories, stored, layer_blocks(layers, block_layers or len(layers))),
         )
 
     def __len__(self) -> int:
@@ -251,13 +274,15 @@ class Batch:
         return sum(int(block.experts.nbytes) for block in self.blocks)
 
     def record(self, i: int) -> Record | None:
-        """Return the record of trajectory `i` as views into the blocks, None when it has none."""
-        begin, end = int(self.row_offsets[i]), int(self.row_offsets[i + 1])
-        if begin == end:
+        """Return the record of trajectory `i`, None when it has none.
+
+        Its arrays are views into the blocks, or copies where it shares its prompt rows with an earlier one.
+        """
+        if not self.stored.count(i):
             return None
         blocks = (
             RoutingTrace(
-                experts=block.experts[begin:end],
+                experts=self.stored.take(i, block.experts),
                 layers=block.layers,
                 num_experts=self.num_experts,
                 spans=self.spans[i],
@@ -306,13 +331,16 @@ class Batch:
 class StepResult:
     """What one training step reports: scalars under the keys of docs/metrics.md, and the version of the new weights.
 
-    `alarms`: what the audit found, where `routing.on_alarm` only warns.
+    `alarms`: what the audit found, where `routing.on_alarm` only warns. `loads` int64 `[layers, experts]`: how often
+    the records of the step chose each expert, zeros without a record. `tokens`: in steps that look at single tokens.
     """
 
     step: int
     weight_version: WeightVersion
     metrics: Mapping[str, float]
     alarms: tuple[Alarm, ...] = ()
+    loads: NDArray[np.int64] | None = None
+    tokens: TokenReport | None = None
 
 
 class TensorSlot(NamedTuple):
@@ -354,7 +382,9 @@ def layer_blocks(layers: Sequence[int], size: int) -> tuple[tuple[int, ...], ...
     return tuple(tuple(layers[begin : begin + size]) for begin in range(0, len(layers), size or 1))
 
 
-def _split(trajectories: Sequence[Trajectory], blocks: Sequence[tuple[int, ...]]) -> tuple[RoutingBlock, ...]:
+def _split(
+    trajectories: Sequence[Trajectory], stored: StoredRows, blocks: Sequence[tuple[int, ...]]
+) -> tuple[RoutingBlock, ...]:
     """Pack the records block by block; checksums of parts are new, so the whole record is verified before."""
     captured = [(t.routing, t.tokens) for t in trajectories if t.routing is not None]
     if len(blocks) > 1:
@@ -369,7 +399,10 @@ def _split(trajectories: Sequence[Trajectory], blocks: Sequence[tuple[int, ...]]
             else checksum(t.routing.experts[:, columns], t.tokens)
             for t in trajectories
         ]  # fmt: skip
-        experts = np.concatenate([trace.experts[:, columns] for trace, _ in captured])
+        experts = np.concatenate(
+            [t.routing.experts[shared:, columns] for t, shared in zip(trajectories, stored.shared[:, 1], strict=True)
+             if t.routing is not None]
+        )  # fmt: skip
         made.append(RoutingBlock(layers, experts, np.array(crc32, dtype=np.uint32)))
         begin = columns.stop
     return tuple(made)

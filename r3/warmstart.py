@@ -1,4 +1,4 @@
-"""Builds a built-in model: random Qwen3-MoE, local tokenizer, supervised until a measured sampled reward is reached.
+"""Builds a built-in model: random Qwen3-MoE (or dense twin), tokenizer, supervised until a measured sampled reward.
 
 Run by `r3.builtin` as `python -m r3.warmstart --recipe JSON --out DIR`, so that torch and transformers stay out of the
 caller. Progress goes to stderr; stdout holds the reason when it fails.
@@ -20,7 +20,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from r3.builtin import Recipe
 from r3.config import TaskConfig
@@ -71,36 +79,43 @@ def build_tokenizer(recipe: Recipe, prompts: Sequence[Prompt]) -> PreTrainedToke
     return fast
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Returns the fp32 model with random weights drawn from the recipe's seed."""
-    config = Qwen3MoeConfig(
-        vocab_size=math.ceil(len(tokenizer) / recipe.vocab_multiple) * recipe.vocab_multiple,
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        head_dim=recipe.head_dim,
-        num_experts=recipe.experts,
-        num_experts_per_tok=recipe.top_k,
-        moe_intermediate_size=recipe.expert_size,
-        intermediate_size=4 * recipe.hidden_size,
-        max_position_embeddings=recipe.max_positions,
-        norm_topk_prob=True,
+    shared: dict[str, Any] = {
+        "vocab_size": math.ceil(len(tokenizer) / recipe.vocab_multiple) * recipe.vocab_multiple,
+        "hidden_size": recipe.hidden_size,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "num_key_value_heads": recipe.kv_heads,
+        "head_dim": recipe.head_dim,
+        "intermediate_size": recipe.dense_size,
+        "max_position_embeddings": recipe.max_positions,
         # As the published ones: SGLang keeps an output layer of its own, empty when the checkpoint has none.
-        tie_word_embeddings=False,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        router_aux_loss_coef=0.001,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(recipe.seed)
-    model = Qwen3MoeForCausalLM(config)
+    model: PreTrainedModel
+    if recipe.experts:
+        config = Qwen3MoeConfig(
+            num_experts=recipe.experts,
+            num_experts_per_tok=recipe.top_k,
+            moe_intermediate_size=recipe.expert_size,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            router_aux_loss_coef=0.001,
+            **shared,
+        )
+        model = Qwen3MoeForCausalLM(config)
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**shared))
     with torch.no_grad():
         # transformers leaves the padding row zero. A policy may sample that token, and the norm behind the embedding
         # multiplies the gradient of a zero row by 1000: single steps with a gradient norm of hundreds were seen.
-        model.model.embed_tokens.weight[tokenizer.pad_token_id].normal_(0.0, config.initializer_range)
+        model.model.embed_tokens.weight[tokenizer.pad_token_id].normal_(0.0, model.config.initializer_range)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -128,7 +143,7 @@ def _batch(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> dic
 
 @torch.no_grad()
 def sampled_reward(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, recipe: Recipe, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, recipe: Recipe, seed: int
 ) -> float:
     """Returns the mean reward of one answer per held-out prompt, sampled from the whole distribution."""
     prompts = [task.heldout_prompt(MEASURED_FROM + index) for index in range(recipe.measure_prompts)]
@@ -145,7 +160,7 @@ def sampled_reward(
 
 
 def supervise(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, task: Task, recipe: Recipe
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Task, recipe: Recipe
 ) -> list[Measurement]:
     """Trains `model` in place until a measurement reaches the target and returns all measurements.
 
@@ -165,7 +180,8 @@ def supervise(
             first = DEMONSTRATIONS_FROM + (step - 1) * recipe.batch_size
             prompts = [task.train_prompt(first + index) for index in range(recipe.batch_size)]
             # Router logits add the load-balancing term, without which a few experts take every token.
-            loss = model(**_batch(tokenizer, prompts), output_router_logits=True, use_cache=False).loss
+            balanced = {"output_router_logits": True} if recipe.experts else {}
+            loss = model(**_batch(tokenizer, prompts), **balanced, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -198,7 +214,7 @@ def _show(bar: Any, measured: Measurement, recipe: Recipe) -> None:
     )
 
 
-def _save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

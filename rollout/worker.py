@@ -99,7 +99,7 @@ class RolloutWorker:
         batch = self._pack(made.kept, rewards)
         packed = time.perf_counter()
         for block in batch.blocks:
-            check_constant_layers(block.experts, block.layers)
+            check_constant_layers(block.experts, block.layers, rows=batch.stored.rows)
         checked = made.check_seconds + time.perf_counter() - packed
         return RolloutReport(
             facts=batch.facts(),
@@ -113,7 +113,7 @@ class RolloutWorker:
             response_tokens=sum(len(answer.logprobs) for answer in made.found),
             cached_tokens=sum(answer.cached_tokens for answer in made.found),
             routing_bytes=batch.routing_bytes,
-            routing_rows=int(batch.row_offsets[-1]),
+            routing_rows=batch.stored.rows,
             stale_rows=sum(count(answer.stale) for answer in made.found),
             first_stale=next((describe(answer.stale) for answer in made.found if answer.stale), ""),
             weight_version=made.found[0].weight_version if made.found else 0,

@@ -86,7 +86,7 @@ install_cpu() {
 
 install_cuda() {
     say "R3 with the CUDA builds of SGLang and torch, Megatron-core, Ray, W&B and tools"
-    pip_install --editable "$REPO[sglang,megatron,wandb,tasks,plot,dev]"
+    pip_install --editable "$REPO[sglang,http,megatron,dashboard,tasks,plot,browser,dev]"
 }
 
 # A hash of the recipe and of where it is applied: an environment that was moved, or whose recipe changed, is refreshed.

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import io
+import json
 import os
 import random
 import re
@@ -28,6 +30,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +39,8 @@ import numpy as np
 
 from r3 import record
 from r3.errors import RoutingError
-from r3.rollout.wire import decode_sglang
+from r3.rollout.provenance import KEY, Weights, pack, with_provenance
+from r3.rollout.wire import decode_lightllm, decode_sglang, decode_vllm
 from r3.routing import RoutingTrace
 from r3.types import ModelSpec
 
@@ -123,10 +127,89 @@ def as_base64(data: bytes) -> bytes:
     return base64.b64encode(raw[:needed].ljust(needed, b"\0") if len(letters) % 8 else raw)
 
 
+def lightllm_seeds() -> list[bytes]:
+    """JSON of LightLLM's `routed_experts`, in its layouts."""
+    wide = rows(len(TOKENS) - 1, len(MODEL.moe_layers), MODEL.top_k, MODEL.num_experts)
+    made = []
+    for dtype, array in (("int8", wide.transpose(1, 0, 2)), ("int32", wide.transpose(1, 0, 2)), ("uint8", wide)):
+        data = base64.b64encode(np.ascontiguousarray(array, dtype=np.dtype(dtype)).tobytes()).decode()
+        made.append(json.dumps({"shape": list(array.shape), "dtype": dtype, "data": data}).encode())
+    return made
+
+
+def read_lightllm(data: bytes) -> None:
+    """Decode what JSON makes of the bytes; what is no JSON never reaches the decoder."""
+    decode_lightllm(as_json(data), TOKENS, MODEL, request=0, weight_version=1, engine="fuzz")
+
+
+def with_base64(data: bytes) -> bytes:
+    """Make the base64 inside a mutated JSON text whole again, where the text still is JSON."""
+    value = as_json(data)
+    if isinstance(value, dict) and isinstance(value.get("data"), str):
+        value["data"] = as_base64(value["data"].encode("utf-8", "replace")).decode()
+        return json.dumps(value).encode()
+    return data
+
+
+def vllm_seeds() -> list[bytes]:
+    """vLLM's base64 of a `.npy` file, of both widths, and from a later row on."""
+    wide = rows(len(TOKENS) - 1, MODEL.num_layers, MODEL.top_k, MODEL.num_experts)
+    wide[:, [0, 3]] = 0
+    made = []
+    for dtype in ("u1", "<u2", "<i4"):
+        file = io.BytesIO()
+        np.save(file, wide.astype(dtype))
+        made.append(base64.b64encode(file.getvalue()))
+    return made
+
+
+def read_vllm(data: bytes) -> None:
+    """Decode as bytes, and as text."""
+    decode_vllm(data, TOKENS, MODEL, request=0, weight_version=1, engine="fuzz")
+    decode_vllm(data.decode("latin-1"), TOKENS, MODEL, request=0, weight_version=1, engine="fuzz")
+
+
+def below_base64(data: bytes) -> bytes:
+    """Mutate below the base64: decode leniently, and encode again."""
+    letters = re.sub(rb"[^A-Za-z0-9+/]", b"", data)
+    return base64.b64encode(base64.b64decode(letters[: len(letters) // 4 * 4]))
+
+
+def stamp_seeds() -> list[bytes]:
+    """JSON of the stamps that the SGLang plugin adds to an answer."""
+    passes, weights = np.arange(1, len(TOKENS), dtype=np.int32), (Weights(1, "0", 0), Weights(6, "1", 1))
+    stamps = pack(passes, passes[-4:], weights)
+    return [json.dumps(stamps).encode(), json.dumps([None, None, None, stamps]).encode()]
+
+
+def read_stamps(data: bytes) -> None:
+    """Unpack what JSON makes of the bytes, and apply it to a record of as many rows."""
+    with_provenance(STAMPED, {KEY: as_json(data)}, num_tokens=len(TOKENS), prompt_len=len(TOKENS) - 4)
+
+
+def as_json(data: bytes) -> Any:
+    """Return the JSON value of the bytes; a text where they are none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return data.decode("latin-1")
+
+
+def same(data: bytes) -> bytes:
+    """Repair nothing."""
+    return data
+
+
+STAMPED = RoutingTrace.record(
+    rows(len(TOKENS) - 1, 4, 2, 16), TOKENS, layers=range(4), num_experts=16, weight_version=1, engine="fuzz"
+)
 # A new decoder of an engine's payload is added here.
 TARGETS = {
     "record": Target(record_seeds(), read_record, seal),
     "sglang": Target(sglang_seeds(), read_sglang, as_base64),
+    "lightllm": Target(lightllm_seeds(), read_lightllm, with_base64),
+    "vllm": Target(vllm_seeds(), read_vllm, below_base64),
+    "stamps": Target(stamp_seeds(), read_stamps, same),
 }
 
 
@@ -160,11 +243,13 @@ def mutate(draw: random.Random, seeds: Sequence[bytes]) -> bytes:
 
 
 def try_one(name: str, data: bytes) -> str:
-    """Decode an input and return `accepted` or `refused`; whatever else a decoder raises goes through."""
+    """Decode an input and return `accepted`, or `refused` with the kind of refusal; all other errors go through."""
     try:
         TARGETS[name].decode(data)
-    except RoutingError:
-        return "refused"
+    except RoutingError as error:
+        # Without its values, what an error says tells which check it was.
+        words = str(error).removeprefix("request 0: ").partition(";")[0]
+        return "refused: " + re.sub(r"\d[\d.,]*|'[^']*'|\[.*?\]", "#", words)[:50]
     return "accepted"
 
 
@@ -197,7 +282,10 @@ def run(inputs: int, seed: int, names: Sequence[str], memory: int) -> int:
     print(f"{inputs:,} inputs, seed {seed}, {time.perf_counter() - begin:.0f} s "
           f"({after.ru_utime - before.ru_utime:.0f} s CPU): nothing but RoutingError; resident memory grew by "
           f"{(after.ru_maxrss - before.ru_maxrss) / 1024:.1f} MiB, limit {memory} MiB of address space")  # fmt: skip
-    print("\n".join(f"  {outcome:<18} {count:>9,}" for outcome, count in sorted(outcomes.items())))
+    for name in names:
+        kinds = {kind: count for kind, count in outcomes.items() if kind.startswith(f"{name} refused")}
+        print(f"  {name:<9} accepted {outcomes[f'{name} accepted']:>8,}, refused {sum(kinds.values()):>8,} "
+              f"for {len(kinds)} kinds of reason")  # fmt: skip
     return 0
 
 
@@ -217,7 +305,16 @@ def run_atheris(inputs: int, seed: int, names: Sequence[str]) -> None:
 
     for function in (record.decode, record.scan, record.split, record.faults, decode_sglang):
         atheris.instrument_func(function)
-    for module in ("r3.record", "r3.routing", "r3.structure", "r3.rollout.wire"):
+    for module in (
+        "r3.record",
+        "r3.routing",
+        "r3.structure",
+        "r3.rollout.wire.common",
+        "r3.rollout.wire.sglang",
+        "r3.rollout.wire.lightllm",
+        "r3.rollout.wire.vllm",
+        "r3.rollout.provenance",
+    ):
         for value in list(vars(sys.modules[module]).values()):
             if callable(value) and getattr(value, "__module__", None) == module and hasattr(value, "__code__"):
                 atheris.instrument_func(value)
@@ -255,7 +352,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.replay:
         name = options.replay.name.split("-")[1]
-        print(try_one(name, options.replay.read_bytes()))
+        print(try_one(name, options.replay.read_bytes()).partition(":")[0])
         return 0
     if options.atheris:
         run_atheris(options.inputs, options.seed, options.target)

@@ -16,14 +16,21 @@ ONLY_PLATFORM = "r3_cpu"
 def show() -> None:
     """Register the entry point for this process and those that it spawns, unless it is registered."""
     os.environ.pop("SGLANG_PLUGINS", None)
+    added = folder()
+    if added:
+        # A spawned process takes sys.path over from its parent.
+        sys.path.append(added)
+
+
+def folder() -> str:
+    """Return a folder whose place on the path registers the entry point, an empty string where it is registered."""
     if [entry for entry in entry_points(group=GROUP) if entry.name == NAME]:
-        return
-    folder = Path(tempfile.mkdtemp()) / "r3_test_plugin-0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: r3-test-plugin\nVersion: 0\n")
-    (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{NAME} = r3.rollout.sglang_plugin.plugin:register\n")
-    # A spawned process takes sys.path over from its parent.
-    sys.path.append(str(folder.parent))
+        return ""
+    made = Path(tempfile.mkdtemp()) / "r3_test_plugin-0.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: r3-test-plugin\nVersion: 0\n")
+    (made / "entry_points.txt").write_text(f"[{GROUP}]\n{NAME} = r3.rollout.sglang_plugin.plugin:register\n")
+    return str(made.parent)
 
 
 def hide() -> None:

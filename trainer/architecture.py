@@ -1,4 +1,4 @@
-"""What a Qwen3-MoE or Mixtral checkpoint is made of, and which of its features the trainer cannot hold; no torch."""
+"""What a Qwen3-MoE, Mixtral or (as a control) dense Qwen3 checkpoint is made of, and what of it is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from r3.config import TrainerConfig
 from r3.errors import ConfigError
-from r3.types import ModelSpec
+from r3.types import DENSE, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Architecture:
                 groups=config["num_key_value_heads"],
                 head_dim=config.get("head_dim") or spec.hidden_size // heads,
                 ffn_size=config["intermediate_size"],
-                expert_ffn_size=config["intermediate_size" if mixtral else "moe_intermediate_size"],
+                expert_ffn_size=_expert_size(config, spec),
                 rope_theta=float(_rope(config)["rope_theta"]),
                 norm_eps=config["rms_norm_eps"],
                 max_positions=config["max_position_embeddings"],
@@ -64,7 +64,7 @@ class Architecture:
                 qk_norm=not mixtral,
             )
         except KeyError as error:
-            family = "Mixtral" if mixtral else "Qwen3-MoE"
+            family = {"mixtral": "Mixtral", DENSE: "Qwen3"}.get(spec.model_type, "Qwen3-MoE")
             raise ConfigError(f"{source} has no {error.args[0]!r}, which a {family} model needs") from None
 
 
@@ -86,6 +86,13 @@ def require_layout(arch: Architecture, trainer: TrainerConfig) -> None:
     for key, size, what, count in cuts:
         if count % size:
             raise ConfigError(f"trainer.{key}={size} does not divide the model's {count} {what}; choose a divisor")
+
+
+def _expert_size(config: Mapping[str, Any], spec: ModelSpec) -> int:
+    if spec.model_type == DENSE:
+        return 0
+    size: int = config["intermediate_size" if spec.model_type == "mixtral" else "moe_intermediate_size"]
+    return size
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:

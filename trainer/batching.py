@@ -151,10 +151,10 @@ class MicroBatch:
 
     `tokens`, `positions`, `labels` int64 `[b, s]`; `targets` int64 `[b, s]`: index of the predicted token among the
     step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s`
-    rows under sequence parallelism: `experts` `[b, r, layers, k]` of the rank's MoE layers, or None when no trajectory
-    has a record; `recorded` and `pads` bool `[b, r]`; `order` int64 `[b, r]`: place of the row in the uncut microbatch;
-    `windows` int64 `[b, r]`: window of the audit that the row is in, -1 for none; `sampled` bool `[b, r]`: was the
-    row's token sampled (else it is the prompt's).
+    rows under sequence parallelism: `routed_targets` int64 `[b, r]`, their `targets`; `experts` `[b, r, layers, k]` of
+    the rank's MoE layers, or None when no trajectory has a record; `recorded` and `pads` bool `[b, r]`; `order` int64
+    `[b, r]`: place of the row in the uncut microbatch; `windows` int64 `[b, r]`: window of the audit that the row is
+    in, -1 for none; `sampled` bool `[b, r]`: was the row's token sampled (else it is the prompt's).
     `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and
     length of the uncut microbatch. `rows`: how many rows of it are of which kind.
     """
@@ -163,6 +163,7 @@ class MicroBatch:
     positions: Ints
     labels: Ints
     targets: Ints
+    routed_targets: Ints
     experts: ExpertIds | None
     recorded: Bools
     pads: Bools
@@ -238,8 +239,8 @@ class _Whole:
         self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
         self.pads, self.sampled = np.ones(shape, np.bool_), np.zeros(shape, np.bool_)
         captured = any(record is not None for record in step.records)
-        dtype = expert_dtype(spec.num_experts)
-        self.experts = np.zeros((*shape, len(self.layers), spec.top_k), dtype) if captured else None
+        ids = (*shape, len(self.layers), spec.top_k)
+        self.experts = np.zeros(ids, expert_dtype(spec.num_experts)) if captured else None
         self.rows = RowClasses(pads=shape[0] * shape[1])
 
     def place(self, i: int, trajectory: Trajectory, b: int, begin: int) -> None:
@@ -275,6 +276,7 @@ class _Whole:
             positions=self.positions[:, mine],
             labels=self.labels[:, mine],
             targets=self.targets[:, mine],
+            routed_targets=self.targets[:, routed],
             experts=None if self.experts is None else self.experts[:, routed],
             recorded=self.recorded[:, routed],
             pads=self.pads[:, routed],

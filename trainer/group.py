@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import CheckpointError, EngineError, R3Error
-from r3.trainer.outcome import Rehearsal
+from r3.trainer.outcome import Recomputed, Rehearsal
+from r3.trainer.use import RoutingUse
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
 from r3.types import ModelSpec, StepResult, WeightBuckets
 
@@ -71,6 +72,11 @@ class TrainerRank:
         """Fetch this rank's part of the batches; see `TrainerWorker`."""
         found, fetched = fetch(batches, self._worker.layers)
         return self._worker.step(step, advantages, counterfactual, *found), fetched
+
+    def measure(self, uses: Sequence[RoutingUse], batches: Sequence[BatchRef]) -> Recomputed | None:
+        """Fetch this rank's part of the batches; see `TrainerWorker`."""
+        found, _ = fetch(batches, self._worker.layers)
+        return self._worker.measure(uses, *found)
 
     def rehearse(self, advantages: NDArray[np.float32], batches: Sequence[BatchRef]) -> tuple[Rehearsal, Fetched]:
         """Fetch this rank's part of the batches; see `TrainerWorker`."""
@@ -154,6 +160,11 @@ class TrainerGroup:
         """Train one step; every rank fetches the blocks of its own layers, which Ray maps into it without a copy."""
         results, fetched = zip(*self._all("step", step, advantages, counterfactual, batches), strict=True)
         return replace(results[0], metrics={**results[0].metrics, **transport_metrics(fetched)})
+
+    def measure(self, uses: Sequence[RoutingUse], batches: Sequence[BatchRef]) -> Recomputed:
+        """Recompute the log-probs of some batches under each of `uses`; see `TrainerWorker.measure`."""
+        found: Recomputed = self._all("measure", uses, batches)[0]
+        return found
 
     def rehearse(
         self, advantages: NDArray[np.float32], batches: Sequence[BatchRef]

@@ -45,9 +45,9 @@ def transformer_config(
         "num_query_groups": arch.groups,
         "kv_channels": arch.head_dim,
         "ffn_hidden_size": arch.ffn_size,
-        "moe_ffn_hidden_size": arch.expert_ffn_size,
-        "num_moe_experts": arch.spec.num_experts,
-        "moe_router_topk": arch.spec.top_k,
+        "moe_ffn_hidden_size": arch.expert_ffn_size or None,
+        "num_moe_experts": arch.spec.num_experts or None,
+        "moe_router_topk": arch.spec.top_k or 1,
         "moe_layer_freq": [int(layer in arch.spec.moe_layers) for layer in layers],
         # Softmax over the chosen logits equals softmax over all, chosen and renormalised (norm_topk_prob).
         "moe_router_pre_softmax": not arch.normalise_top_k,

@@ -1,4 +1,4 @@
-"""What a rehearsal step gave, and how two of them are compared; numpy only, so that the driver can read it."""
+"""What passes without training gave, and how two rehearsals are compared; numpy only, so that the driver reads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Tensors = Mapping[str, NDArray[np.float32]]
 class Rehearsal:
     """What one log-prob pass and one update gave, over all ranks.
 
-    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `grad_norm`: before clipping; `gradients`,
+    `loss`: mean over trained tokens; `logprobs` float64 `[T]`, nats; `differs` bool `[T, layers]`: does the layer's own
+    top-k set differ from the record, for the row behind the token; `grad_norm`: before clipping; `gradients`,
     `weights` (behind the update): fp32 by Hugging Face name, on rank 0 alone, empty elsewhere; `sharded`: a distributed
     optimizer left each rank a part of the reduced gradient only, so `gradients` are not whole; `replay_s`: this rank's
     seconds in replay.
@@ -25,12 +26,40 @@ class Rehearsal:
 
     loss: float
     logprobs: NDArray[np.float64]
+    differs: NDArray[np.bool_]
     grad_norm: float
     gradients: Tensors
     weights: Tensors
     counts: RouterCounts
     sharded: bool
     replay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputation:
+    """One pass over some batches: `logprobs` float64 `[T]` nats; `overlaps`: `router/*` of the audit, if it was asked.
+
+    `seconds`: wall time on rank 0.
+    """
+
+    logprobs: NDArray[np.float64]
+    counts: RouterCounts
+    overlaps: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """The same response tokens under several uses of their records.
+
+    `rollout` float64 `[T]`: the engine's log-probs, nats; `lengths`, `groups` int64 `[n]`: response tokens and group of
+    each sequence; `passes`: one for each use.
+    """
+
+    rollout: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    passes: tuple[Recomputation, ...]
 
 
 def worst_difference(found: Tensors, expected: Tensors) -> tuple[float, str]:

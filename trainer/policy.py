@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from r3.config import Config
 from r3.metrics import RouterCounts
+from r3.routing import expert_dtype
 from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
@@ -24,6 +25,9 @@ from r3.trainer.parallel import device, place
 from r3.trainer.replay import AuditPairs, MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
 from r3.trainer.sampling import audit_rows
+from r3.trainer.tally import Tally
+from r3.trainer.trace import Trace
+from r3.trainer.use import RoutingUse as RoutingUse
 
 LossOutput = tuple[torch.Tensor, torch.Tensor, Mapping[str, Any]]
 LossFunction = Callable[[MicroBatch, torch.Tensor], LossOutput]
@@ -31,20 +35,28 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class RoutingUse:
-    """What a pass does with records: `force` replays, else they are compared; `audit` adds overlaps at three lags."""
-
-    force: bool
-    audit: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class LogprobPass:
-    """`logprobs` float64 `[T]` nats over the step's response tokens, 0 where another rank has the token."""
+    """`logprobs` float64 `[T]` nats over the step's response tokens, 0 where another rank has the token.
+
+    `own`: of a pass that keeps the model's own choice, the microbatches with it in the place of the record. `trace`:
+    where `RoutingUse.trace` asks for it.
+    """
 
     logprobs: Floats
     counts: RouterCounts
     replay_s: float
+    own: tuple[MicroBatch, ...] = ()
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What one pass through the schedule left; `own`: per microbatch the ids `[s * b, k]` by local MoE layer."""
+
+    reports: list[Mapping[str, Any]]
+    counts: RouterCounts
+    tally: Tally
+    own: tuple[dict[int, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +175,9 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = partial(self._policy_loss, step, old, reference)
-        reports, counts, replay_s = self._run(self.chunks, microbatches, use, loss)
-        sums = sum((report["sums"].cpu().numpy() for report in reports), np.zeros(len(fields(UpdateSums))))
-        return UpdateSums(*sums.tolist()), counts, replay_s
+        ran = self._run(self.chunks, microbatches, use, loss)
+        sums = sum((report["sums"].cpu().numpy() for report in ran.reports), np.zeros(len(fields(UpdateSums))))
+        return UpdateSums(*sums.tolist()), ran.counts, ran.tally.seconds
 
     def gradients_finite(self) -> bool:
         """Tell, alike on every rank, whether every reduced gradient is finite."""
@@ -181,11 +193,17 @@ class Policy:
         step: StepBatch,
         use: RoutingUse | None,
     ) -> LogprobPass:
-        reports, counts, replay_s = self._run(chunks, microbatches, use, self._no_loss, forward_only=True)
+        ran = self._run(chunks, microbatches, use, self._no_loss, forward_only=True)
         flat = np.zeros(len(step.rollout_logprobs), np.float64)
-        for report in reports:
+        for report in ran.reports:
             flat[report["targets"].cpu().numpy()] = report["logprobs"].detach().cpu().numpy()
-        return LogprobPass(flat, counts, replay_s)
+        own = zip(microbatches, ran.own, strict=True) if use is not None and use.keep else ()
+        # By what all ranks know alike: a stage without an MoE layer of its own must run the passes of the others.
+        spec = self.arch.spec
+        kept = tuple(_with_own(one, ids, spec.num_experts) for one, ids in own if one.experts is not None)
+        traces = use is not None and use.trace
+        trace = Trace.of(ran.tally.flags, microbatches, len(spec.moe_layers)) if traces else None
+        return LogprobPass(flat, ran.counts, ran.tally.seconds, kept, trace)
 
     def _run(
         self,
@@ -195,15 +213,16 @@ class Policy:
         loss: LossFunction,
         *,
         forward_only: bool = False,
-    ) -> tuple[list[Mapping[str, Any]], RouterCounts, float]:
-        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and seconds.
+    ) -> _Ran:
+        """Push the microbatches through Megatron's schedule; return loss reports, replay's counters and their tally.
 
         The reports are those of the rank that speaks for its tokens (`Place.reports`), the others have none.
         """
         where = device()
+        own: tuple[dict[int, torch.Tensor], ...] = tuple({} for _ in microbatches)
 
         def forward_step(source: Any, module: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., LossOutput]]:
-            microbatch = next(source)
+            index, microbatch = next(source)
             tokens, positions = (
                 torch.from_numpy(a.copy()).to(where) for a in (microbatch.tokens, microbatch.positions)
             )
@@ -211,9 +230,10 @@ class Policy:
             if chunks is self._reference:
                 return call(), partial(loss, microbatch)
             chunk = next(index for index, one in enumerate(chunks) if one is module)
-            return self.replay.run(_routing(microbatch, use, where), call, chunk), partial(loss, microbatch)
+            routing = _routing(microbatch, use, where, own[index])
+            return self.replay.run(routing, call, chunk), partial(loss, microbatch)
 
-        sources = [iter(microbatches) for _ in chunks]
+        sources = [iter(enumerate(microbatches)) for _ in chunks]
         with self.replay.measured(where) as tally:
             reports = get_forward_backward_func()(
                 forward_step_func=forward_step,
@@ -225,7 +245,7 @@ class Policy:
                 forward_only=forward_only,
             )
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())
-        return reports if self.place.reports else [], tally.counts(rows), tally.seconds
+        return _Ran(reports if self.place.reports else [], tally.counts(rows), tally, own)
 
     def _trained(self, microbatch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return step-wide indices, log-probs and entropies of the microbatch's trained tokens, each `[n]`."""
@@ -261,22 +281,41 @@ class Policy:
         return terms.loss.sum(), _count(targets), {"sums": sums}
 
 
-def _routing(microbatch: MicroBatch, use: RoutingUse | None, where: torch.device) -> MicrobatchRouting:
+def _routing(
+    microbatch: MicroBatch, use: RoutingUse | None, where: torch.device, own: dict[int, torch.Tensor]
+) -> MicrobatchRouting:
     def tensor(array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(where)
 
     audit = None
     if use is not None and use.audit:
         rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
-        own, record, sampled = (tuple(map(tensor, part)) for part in (rows.own, rows.record, rows.sampled))
-        audit = AuditPairs(own, record, sampled, tensor(rows.window))
+        mine, record, sampled = (tuple(map(tensor, part)) for part in (rows.own, rows.record, rows.sampled))
+        audit = AuditPairs(mine, record, sampled, tensor(rows.window))
+    recorded = microbatch.recorded
+    if use is not None and use.sampled_rows:
+        recorded = recorded & microbatch.sampled
     return MicrobatchRouting(
         experts=None if use is None or microbatch.experts is None else tensor(microbatch.experts),
-        recorded=tensor(microbatch.recorded),
+        recorded=tensor(recorded),
         pads=tensor(microbatch.pads),
         force=use is not None and use.force,
         audit=audit,
+        layers=None if use is None else use.layers,
+        fault=None if use is None else use.fault,
+        own=own if use is not None and use.keep else None,
+        trace=use is not None and use.trace,
     )
+
+
+def _with_own(microbatch: MicroBatch, ids: Mapping[int, torch.Tensor], num_experts: int) -> MicroBatch:
+    """Return the microbatch with the model's own choice, `[s * b, k]` by local layer, as the record of every row."""
+    if not ids:
+        return microbatch
+    b, rows = microbatch.pads.shape
+    joined = torch.stack([ids[column] for column in sorted(ids)], 1).cpu().numpy().astype(expert_dtype(num_experts))
+    experts = np.ascontiguousarray(joined.reshape(rows, b, *joined.shape[1:]).swapaxes(0, 1))
+    return replace(microbatch, experts=experts, recorded=~microbatch.pads)
 
 
 def _packed(microbatch: MicroBatch, where: torch.device) -> PackedSeqParams | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def rehearse(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]
     The old log-probs are the engine's, so that ratios differ from 1. Raises `RoutingError` when replay state is left
     behind by the forward-only pass or by the step.
     """
-    before = policy.logprobs(microbatches, step, use)
+    before = policy.logprobs(microbatches, step, replace(use, trace=True))
+    assert before.trace is not None
     policy.replay.require_empty("after a forward-only pass")
     old = step.rollout_logprobs.astype(np.float64)
     sums, counts, replay_s = policy.accumulate(microbatches, step, old, None, use)
@@ -32,6 +34,7 @@ def rehearse(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]
     return Rehearsal(
         loss=float(loss / tokens),
         logprobs=sum_over_ranks(before.logprobs),
+        differs=before.trace.of_tokens(np.arange(len(old))),
         grad_norm=float(grad_norm),
         gradients=gradients,
         weights=exported(policy, torch.Tensor.detach),

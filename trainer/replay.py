@@ -29,6 +29,7 @@ from r3.audit import LAGS
 from r3.errors import ConfigError, RoutingError
 from r3.trainer.megatron import TopKRouter, TransformerConfig
 from r3.trainer.tally import Tally
+from r3.trainer.use import RouterFault
 from r3.types import ModelSpec
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -55,7 +56,8 @@ class MicrobatchRouting:
     and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
     rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
     model's own choice. `pads` bool `[b, s]`. With `audit` its rows are also compared with the record shifted by one row
-    in both directions.
+    in both directions. `layers` and `fault` are those of `r3.trainer.use.RoutingUse`; `own` collects the model's own
+    choice, `[s * b, k]` by local MoE layer. `trace` keeps which rows differ in which layer.
     """
 
     experts: torch.Tensor | None
@@ -63,6 +65,14 @@ class MicrobatchRouting:
     pads: torch.Tensor
     force: bool
     audit: AuditPairs | None = None
+    layers: tuple[int, ...] | None = None
+    fault: RouterFault | None = None
+    own: dict[int, torch.Tensor] | None = None
+    trace: bool = False
+
+    def forces(self, layer: int) -> bool:
+        """Tell whether the record is forced in MoE layer `layer` (global index)."""
+        return self.force and (self.layers is None or layer in self.layers)
 
 
 def refuse_unsupported_router(config: TransformerConfig) -> None:
@@ -136,6 +146,7 @@ class _Active:
     clock: Tally | None = None
     recorded: torch.Tensor = field(init=False)
     differs: torch.Tensor = field(init=False)
+    flags: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         begin = time.perf_counter()
@@ -214,7 +225,8 @@ class ReplayContext:
             output = call()
             if self._tally is not None:
                 compared = routing.experts is not None
-                self._tally.finish_microbatch(chunk, self._active.differs, self._active.recorded, compared)
+                done = self._active
+                self._tally.finish_microbatch(chunk, done.differs, done.recorded, compared, done.flags)
         finally:
             self._active = None
         if output.requires_grad:
@@ -270,9 +282,14 @@ class _Visit:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and ids `[tokens, k]` of the experts to use: recorded where there is a record, else the own."""
         assert default_compute_topk is not None
-        force = self._active.routing.force
+        routing = self._active.routing
+        force, fault = routing.forces(self._layer), routing.fault
         # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
         values, own = default_compute_topk(scores.detach() if force else scores, topk, num_groups, group_topk)
+        if fault is not None and fault.noise:
+            spread = fault.noise * scores.std(1, keepdim=True)
+            _, own = default_compute_topk(scores + spread * torch.randn_like(scores), topk, num_groups, group_topk)
+            values = scores.gather(1, own)
         begin = time.perf_counter()
         ids = self._active.ids(self._local)
         if ids.shape != own.shape:
@@ -283,6 +300,9 @@ class _Visit:
         if force:
             own = torch.where(self._active.recorded[:, None], ids, own)
             values = scores.gather(1, own)
+        if fault is not None and fault.uniform_gates:
+            # Equal before the softmax over the chosen as well as behind one over all.
+            values = torch.full_like(values, 1 / topk)
         self._active.spent_since(begin)
         return values, own
 
@@ -300,12 +320,16 @@ class _Visit:
         if tally is None:
             return
         begin = time.perf_counter()
+        if active.routing.own is not None:
+            active.routing.own[self._local] = self._own
         shared = contained(self._ids, self._own)
         differs = ~shared.all(1) & active.recorded
         active.differs |= differs
+        if active.routing.trace:
+            active.flags[self._column] = differs
         tally.disagree[self._column] += differs.sum()
         tally.visits[self._column] = tally.visits.get(self._column, 0) + 1
-        if active.routing.force:
+        if active.routing.forces(self._layer):
             used = routing_map.gather(1, self._ids).bool()
             tally.mismatched_ids += (~used & active.recorded[:, None]).sum()
             tally.followed[self._column] += (used.all(1) & active.recorded).sum()

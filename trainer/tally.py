@@ -21,7 +21,8 @@ class Tally:
     Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own.
     `followed` int64 `[layers]`: rows for which the router really used every recorded id; `visits`: calls per layer;
     `differs`: for each microbatch, which rows differ in any of this rank's layers; `runs`: microbatches per model
-    chunk; `seconds`: host time spent in replay.
+    chunk; `flags`: for each microbatch and column, where asked for, which rows differ there; `seconds`: host time spent
+    in replay.
     """
 
     disagree: torch.Tensor
@@ -34,6 +35,7 @@ class Tally:
     visits: dict[int, int] = field(default_factory=dict)
     differs: dict[int, torch.Tensor] = field(default_factory=dict)
     runs: dict[int, int] = field(default_factory=dict)
+    flags: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod
@@ -47,10 +49,21 @@ class Tally:
         windows = torch.zeros(AUDIT_WINDOWS, 2, dtype=torch.float64, device=device)
         return cls(count(layers), count(layers), overlap, count(layers, 3, 2), windows, count(), count())
 
-    def finish_microbatch(self, chunk: int, differs: torch.Tensor, recorded: torch.Tensor, compared: bool) -> None:
-        """Note that `chunk` ran its next microbatch, and which of its rows (router order) differ there."""
+    def finish_microbatch(
+        self,
+        chunk: int,
+        differs: torch.Tensor,
+        recorded: torch.Tensor,
+        compared: bool,
+        flags: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Note that `chunk` ran its next microbatch, and which of its rows (router order) differ there.
+
+        `flags`: the same by layer (column), empty where nobody asks for it.
+        """
         index = self.runs.get(chunk, 0)
         self.runs[chunk] = index + 1
+        self.flags.setdefault(index, {}).update(flags)
         if not compared:
             return
         if index not in self.differs:

@@ -25,16 +25,18 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.metrics import RouterCounts
 from r3.routing import ExpertIds
+from r3.tokens import observes_tokens
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, name, plan_step, require_records
 from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
-from r3.trainer.outcome import Rehearsal
+from r3.trainer.outcome import Recomputation, Recomputed, Rehearsal
 from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
 from r3.trainer.rehearsal import rehearse
 from r3.trainer.state import load_state, save_state
 from r3.trainer.tally import counts_over_ranks
+from r3.trainer.trace import TokenObserver, Trace, Traced
 from r3.trainer.weights import save_checkpoint, weight_buckets
 from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
 
@@ -64,6 +66,12 @@ class _Pass:
     counts: RouterCounts
     replay_s: float
     seconds: float
+    own: tuple[MicroBatch, ...] = ()
+    trace: Trace | None = None
+
+    @property
+    def traced(self) -> Traced:
+        return Traced(self.logprobs, self.trace)
 
 
 class TrainerWorker:
@@ -80,6 +88,8 @@ class TrainerWorker:
         self._config, self._directory = config, Path(model_dir)
         self._rank, self._world, self._updates = rank, world, total_optimizer_steps
         self._arch = Architecture.from_directory(model_dir)
+        worst = config.metrics.worst_tokens
+        self._tokens = TokenObserver(self._directory, self._arch.spec.moe_layers, worst, rank)
         self._store: dist.Store | None = None
         self._version = 0
 
@@ -154,40 +164,68 @@ class TrainerWorker:
         """Train on one step's batches and return its metrics on rank 0, None elsewhere.
 
         `advantages` float32 `[n]` in the order of the concatenated batches. `counterfactual` adds the pass without
-        replay. Old log-probs are recomputed under the routing that `replay.mode` asks for, then `grpo.mini_steps`
-        updates run under the same. Raises `RoutingError` for a record that is missing (unless `routing.on_error` or
-        `routing.on_missing` trains such samples natively) or does not fit, and `AuditError`, before the first update,
-        for one that breaks a rule of the audit (unless `routing.on_alarm` is `warn`).
+        replay and, with `metrics.counterfactual_r2`, one that replays the routing that the trainer chose in it. Old
+        log-probs are recomputed under the routing that `replay.mode` asks for, then `grpo.mini_steps` updates run under
+        the same. Raises `RoutingError` for a record that is missing (unless `routing.on_error` or `routing.on_missing`
+        trains such samples natively) or does not fit, and `AuditError`, before the first update, for one that breaks a
+        rule of the audit (unless `routing.on_alarm` is `warn`).
         """
         config, begin = self._config, time.perf_counter()
         share_ = self._prepare(batches, advantages, config.grpo.mini_steps, step)
         use = RoutingUse(force=config.replay.mode == "r3")
+        trace = observes_tokens(config.metrics.tokens_every, step)
         if use.force and not config.routing.trains_natively:
             require_records(share_.step)
-        old = self._logprobs(share_, replace(use, audit=True))
+        keeps = counterfactual and config.metrics.counterfactual_r2
+        old = self._logprobs(share_, replace(use, audit=True, keep=keeps and not use.force, trace=trace))
         overlaps = self._overlaps(share_.step, old)
         # Before anything is trained on the record.
         alarms = self._alarms(share_.step, overlaps, step)
-        native = self._logprobs(share_, RoutingUse(force=False)) if use.force and counterfactual else None
+        free = RoutingUse(force=False, keep=keeps, trace=trace)
+        native = self._logprobs(share_, free) if use.force and counterfactual else None
+        r2 = self._replay_own(share_, native or old) if keeps else None
+        extra = sum(one.seconds for one in (native, r2) if one)
+        loads = self._expert_loads(share_.step)
+        tokens = self._tokens.report(step, share_.step, old.traced, native.traced if native else None)
         reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
         updates = [
             self.policy.update(mini_step, share_.step, old.logprobs, reference, use) for mini_step in share_.mini_steps
         ]
         report = {
             **self._old_metrics(share_.step, old, native, use),
+            **(self._mismatch("mismatch_r2", share_.step, r2) if r2 else {}),
+            **metrics.load_metrics(loads, self._arch.spec.top_k),
             **self._update_metrics(share_.step, old, updates),
             **overlaps,
             **({"router/alarms": float(len(alarms))} if overlaps else {}),
             "rollout/staleness_max": float(self._version - min(t.weight_version for t in share_.step.trajectories)),
             "time/install_s": share_.seconds,
         }
-        spent = time.perf_counter() - begin - share_.seconds - (native.seconds if native else 0.0)
+        spent = time.perf_counter() - begin - share_.seconds - extra
         report["time/train_s"] = spent
         report["train/tokens_per_s"] = share_.step.tokens / spent
-        if native:
-            report["time/counterfactual_s"] = native.seconds
+        if extra:
+            report["time/counterfactual_s"] = extra
         self._version += 1
-        return StepResult(step, self._version, report, alarms) if self._rank == 0 else None
+        return StepResult(step, self._version, report, alarms, loads, tokens) if self._rank == 0 else None
+
+    def measure(self, uses: Sequence[RoutingUse], *batches: Batch) -> Recomputed | None:
+        """Recompute the log-probs of some batches once under each of `uses`, without training; on rank 0, else None.
+
+        Raises `RoutingError` for a record that is missing where a use forces it, or does not fit.
+        """
+        share_ = self._prepare(batches, None, mini_steps=1)
+        if any(use.force for use in uses):
+            require_records(share_.step)
+        found = []
+        for use in uses:
+            one = self._logprobs(share_, use)
+            found.append(Recomputation(one.logprobs, one.counts, self._overlaps(share_.step, one), one.seconds))
+        step = share_.step
+        groups = np.array([trajectory.group for trajectory in step.trajectories], np.int64)
+        if self._rank:
+            return None
+        return Recomputed(step.rollout_logprobs.astype(np.float64), step.response_lengths, groups, tuple(found))
 
     def rehearse(self, advantages: NDArray[np.float32], *batches: Batch) -> Rehearsal:
         """Run one forced-routing step of known outcome; see `r3.trainer.rehearsal`. The weights change."""
@@ -239,7 +277,17 @@ class TrainerWorker:
         begin = time.perf_counter()
         found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
         logprobs = parallel.sum_over_ranks(found.logprobs)
-        return _Pass(logprobs, counts_over_ranks(found.counts), found.replay_s, time.perf_counter() - begin)
+        counts, seconds = counts_over_ranks(found.counts), time.perf_counter() - begin
+        return _Pass(logprobs, counts, found.replay_s, seconds, found.own, found.trace)
+
+    def _replay_own(self, share_: _Share, native: _Pass) -> _Pass | None:
+        """Replay what the trainer chose in a pass of its own (R2); None where nothing was recorded to compare with."""
+        if not native.own:
+            return None
+        begin = time.perf_counter()
+        found = self.policy.logprobs(native.own, share_.step, RoutingUse(force=True))
+        logprobs = parallel.sum_over_ranks(found.logprobs)
+        return _Pass(logprobs, found.counts, found.replay_s, time.perf_counter() - begin)
 
     def _reduced(self, values: Floats | None) -> Floats | None:
         return None if values is None else parallel.sum_over_ranks(values)
@@ -254,8 +302,6 @@ class TrainerWorker:
             **self._mismatch("mismatch", step, old),
             **metrics.disagreement(old.counts, "shadow" if use.force else "native", layers),
         }
-        if any(record is not None for record in step.records):
-            report["router/load_max_over_mean"] = self._worst_load(step)
         if native is None:
             return report
         plain = metrics.mismatch(native.logprobs, step.rollout_logprobs, step.response_lengths)
@@ -281,15 +327,22 @@ class TrainerWorker:
             raise AuditError(f"step {number}", alarms)
         return alarms
 
-    def _worst_load(self, step: StepBatch) -> float:
-        """Return the load imbalance of the worst layer, which any rank may hold; a block at a time."""
+    def _expert_loads(self, step: StepBatch) -> NDArray[np.int64]:
+        """Count how often the record chose each expert, int64 `[layers, experts]`, the same on every rank.
+
+        Every rank holds the records of its own layers for the whole step, so the counts are joined and not added.
+        """
+        spec = self._arch.spec
+        loads = np.zeros((len(spec.moe_layers), spec.num_experts), np.int64)
         parts: dict[tuple[int, ...], list[ExpertIds]] = {}
         for record in step.records:
             for block in record.blocks if record else ():
                 parts.setdefault(block.layers, []).append(block.experts)
-        experts = self._arch.spec.num_experts
-        loads = (metrics.load_max_over_mean(np.concatenate(part), experts) for part in parts.values())
-        return parallel.max_over_ranks(max(loads, default=0.0))
+        for layers, part in parts.items():
+            # A block at a time: its copy is the largest thing here.
+            columns = [spec.moe_layers.index(layer) for layer in layers]
+            loads[columns] = metrics.expert_loads(np.concatenate(part), spec.num_experts)
+        return parallel.largest_over_ranks(loads)
 
     def _update_metrics(self, step: StepBatch, old: _Pass, updates: Sequence[Update]) -> Metrics:
         counts = [old.counts, *(counts_over_ranks(update.counts) for update in updates)]

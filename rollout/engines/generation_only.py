@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class GenerationOnlyEngine(ABC):
         tokens = np.concatenate([request.tokens, answer.response]).astype(np.int32)
         if len(answer.response) and not 0 <= answer.response.min() <= answer.response.max() < self._model.vocab_size:
             raise EngineError(f"request {number}: a token id is outside the vocabulary of {self._model.vocab_size}")
+        begin = time.perf_counter()
         decoded: Decoded | None = None
         defect: RoutingError | None = None
         if capture and not (answer.finish == "abort" and not len(answer.response)):
@@ -140,6 +142,7 @@ class GenerationOnlyEngine(ABC):
             cached_tokens=answer.cached_tokens,
             defect=defect,
             wire=decoded.wire if decoded else None,
+            decode_s=time.perf_counter() - begin,
         )
 
 

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from r3.config import Config
-from r3.errors import ConfigError, EngineError, RoutingError
+from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
-from r3.rollout.engines.sglang_answers import checked_version, finish_of, proven, sampled, sampling_params
+from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
-from r3.rollout.engines.sglang_returned import read_returned
-from r3.rollout.provenance import StaleRows
 from r3.rollout.segment import Owner
 from r3.rollout.sglang_plugin.client import open_returns, switch
-from r3.rollout.sglang_plugin.tickets import ticket_of
-from r3.rollout.wire import Decoded, Wire, read_sglang
-from r3.routing import Provenance, RoutingTrace, TokenIds
+from r3.routing import Provenance
 from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
 
 
@@ -155,65 +149,12 @@ class SglangEngine:
     def _generation(
         self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int = 0
     ) -> Generation:
-        """Check one answer of SGLang and turn it into ours; its rows begin at `start` or, cut here, at 0."""
-        meta = output["meta_info"]
-        response, logprobs = sampled(index, output, self._model, self._name)
-        tokens = np.concatenate([request.tokens, response])
-        finish = finish_of(index, meta, self._name)
         assert self._version is not None
-        version = checked_version(index, meta, self._version, self._name)
-        routing: RoutingTrace | None = None
-        wire: Wire | None = None
-        stale: tuple[StaleRows, ...] = ()
-        defect: RoutingError | None = None
-        begin = time.perf_counter()
-        has_rows = meta.get("routed_experts") is not None or ticket_of(meta) is not None
-        if capture and finish == "abort" and len(response) and not has_rows:
-            # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
-            # `_handle_abort_req`): the KV is gone.
-            defect = RoutingError(
-                f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released and "
-                "with it every routing row"
-            )
-        elif capture and not (finish == "abort" and not len(response)):
-            try:
-                decoded, stamps = self._decoded(index, meta, tokens, version, start)
-                wire = decoded.wire
-                routing, stale = proven(
-                    index, decoded.routing, stamps, tokens, request,
-                    start=start, engine=self._name, expected=self._provenance,
-                )  # fmt: skip
-            except RoutingError as error:
-                defect = error
-        return Generation(
-            tokens=tokens,
-            prompt_len=len(request.tokens),
-            logprobs=logprobs,
-            routing=routing,
-            finish=finish,
-            weight_version=version,
-            cached_tokens=int(meta.get("cached_tokens") or 0),
-            defect=defect,
-            wire=wire,
-            stale=stale,
-            decode_s=time.perf_counter() - begin,
-        )
-
-    def _decoded(
-        self, index: int, meta: dict[str, Any], tokens: TokenIds, version: WeightVersion, start: int
-    ) -> tuple[Decoded, Mapping[str, Any] | bytes]:
-        """Return the record of one answer, however it came back, and what holds its stamps."""
-        ticket = None if self._segment is None else ticket_of(meta)
-        if ticket is not None and self._segment is not None:
-            return read_returned(
-                self._segment, ticket, tokens, self._model,
-                request=index, weight_version=version, engine=self._name, start=start,
-            )  # fmt: skip
-        sent = read_sglang(
-            meta.get("routed_experts"), tokens, self._model,
-            request=index, weight_version=version, engine=self._name, start=start,
+        return read_answer(
+            index, request, output, self._model,
+            version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
+            segment=self._segment,
         )  # fmt: skip
-        return sent, meta
 
     def _open_segment(self, on_gpu: bool) -> tuple[Owner | None, str]:
         routing = self._config.routing

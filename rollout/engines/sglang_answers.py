@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from r3.errors import EngineError, RoutingError
-from r3.rollout.engine import Request, Sampling
+from r3.rollout.engine import Generation, Request, Sampling
+from r3.rollout.engines.sglang_returned import read_returned
 from r3.rollout.provenance import StaleRows, cut, with_provenance
+from r3.rollout.segment import Owner
+from r3.rollout.sglang_plugin.tickets import ticket_of
+from r3.rollout.wire import Decoded, Wire, decode_sglang
 from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightVersion
 
@@ -44,7 +49,103 @@ def sampling_params(sampling: Sampling, requests: int) -> list[dict[str, Any]]:
     return [common | seed for seed in seeds]
 
 
-def sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -> tuple[TokenIds, NDArray[np.float32]]:
+def read_answer(
+    index: int,
+    request: Request,
+    output: dict[str, Any],
+    model: ModelSpec,
+    *,
+    version: WeightVersion,
+    engine: str,
+    capture: bool,
+    start: int,
+    provenance: Provenance | None,
+    segment: Owner | None = None,
+) -> Generation:
+    """Check one answer of SGLang and turn it into ours; SGLang was asked for rows from `start` on.
+
+    `version`: the weights that the engine was given last; `provenance`: what it said of its rows, None where that is
+    not known yet; `segment`: the shared memory through which rows may come, None where they come with the answer.
+    A record that cannot be used is `Generation.defect`. Raises `EngineError` for tokens, log-probs,
+    finish reason or weight version that are not what they must be.
+    """
+    meta = output["meta_info"]
+    response, logprobs = _sampled(index, output, model, engine)
+    tokens = np.concatenate([request.tokens, response])
+    finish = _finish_of(index, meta, engine)
+    version = _checked_version(index, meta, version, engine)
+    routing: RoutingTrace | None = None
+    wire: Wire | None = None
+    stale: tuple[StaleRows, ...] = ()
+    defect: RoutingError | None = None
+    begin = time.perf_counter()
+    if capture and (len(response) or finish != "abort"):
+        try:
+            if finish == "abort" and not _has_rows(meta):
+                # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
+                # `_handle_abort_req`): the KV is gone.
+                raise RoutingError(
+                    f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released "
+                    "and with it every routing row"
+                )
+            decoded, stamps = _decoded(
+                meta, segment, tokens, model, request=index, weight_version=version, engine=engine, start=start
+            )
+            wire = decoded.wire
+            routing, stale = _proven(
+                index, decoded.routing, stamps, tokens, request, start=start, engine=engine, expected=provenance
+            )
+        except RoutingError as error:
+            defect = error
+    return Generation(
+        tokens=tokens,
+        prompt_len=len(request.tokens),
+        logprobs=logprobs,
+        routing=routing,
+        finish=finish,
+        weight_version=version,
+        cached_tokens=int(meta.get("cached_tokens") or 0),
+        defect=defect,
+        wire=wire,
+        stale=stale,
+        decode_s=time.perf_counter() - begin,
+    )
+
+
+def _has_rows(meta: Mapping[str, Any]) -> bool:
+    return meta.get("routed_experts") is not None or ticket_of(meta) is not None
+
+
+def _decoded(
+    meta: Mapping[str, Any],
+    segment: Owner | None,
+    tokens: TokenIds,
+    model: ModelSpec,
+    *,
+    request: int,
+    weight_version: WeightVersion,
+    engine: str,
+    start: int,
+) -> tuple[Decoded, Mapping[str, Any] | bytes]:
+    """Return the record of one answer, however it came back, and what holds its stamps."""
+    ticket = ticket_of(meta)
+    if ticket is None:
+        sent = decode_sglang(
+            meta.get("routed_experts"), tokens, model,
+            request=request, weight_version=weight_version, engine=engine, start=start,
+        )  # fmt: skip
+        return sent, meta
+    if segment is None:
+        raise RoutingError(
+            f"request {request}: {engine} left its rows in shared memory of another process, whose segment this one "
+            "does not hold; let that process stop, or give it routing.shared_memory=off"
+        )
+    return read_returned(
+        segment, ticket, tokens, model, request=request, weight_version=weight_version, engine=engine, start=start
+    )
+
+
+def _sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -> tuple[TokenIds, NDArray[np.float32]]:
     """Return the sampled tokens `[R]` int32 and their log-probs `[R]` float32; SGLang's rows are (log-prob, id, text).
 
     Raises `EngineError` unless there is one log-prob for each token and every token is in the vocabulary.
@@ -61,7 +162,7 @@ def sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -
     return response, np.array([row[0] for row in rows], dtype=np.float32)
 
 
-def finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
+def _finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
     """Return why an answer ended; raise `EngineError` for a reason that means nothing here."""
     reason = (meta.get("finish_reason") or {}).get("type")
     if reason not in _FINISHES:
@@ -69,7 +170,7 @@ def finish_of(index: int, meta: dict[str, Any], engine: str) -> Finish:
     return _FINISHES[reason]
 
 
-def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, engine: str) -> WeightVersion:
+def _checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, engine: str) -> WeightVersion:
     """Return `loaded`; SGLang stamps answers itself, and one of other weights than the last loaded is never used."""
     if meta.get("weight_version") != str(loaded):
         raise EngineError(
@@ -78,7 +179,7 @@ def checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, eng
     return loaded
 
 
-def proven(
+def _proven(
     index: int,
     decoded: RoutingTrace,
     meta: Mapping[str, Any] | bytes,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from r3.config import Config
 from r3.errors import ConfigError
+from r3.types import DENSE
 
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 23)
 ENGINE_ARGS = "rollout.engine_args"
@@ -132,7 +133,9 @@ def check_output_layer(model_dir: str | Path) -> None:
     SGLang 0.5.23 makes a separate `lm_head` (`models/qwen3_moe.py`) and loads it only from a tensor of that name, so
     such a model samples uniformly.
     """
-    if json.loads((Path(model_dir) / "config.json").read_text()).get("tie_word_embeddings", False):
+    contents = json.loads((Path(model_dir) / "config.json").read_text())
+    # Its dense Qwen3 reads them.
+    if contents.get("tie_word_embeddings", False) and contents.get("model_type") != DENSE:
         raise ConfigError(
             f"{model_dir} has tie_word_embeddings=true, which SGLang's Qwen3-MoE does not read: its output layer would "
             "stay empty. Save the checkpoint with tie_word_embeddings=false and an lm_head.weight"

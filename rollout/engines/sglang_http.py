@@ -8,20 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from r3.config import Config
-from r3.errors import ConfigError, EngineError, RoutingError
+from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.http import Refused, Server, fan_out, field_of, open_servers
-from r3.rollout.engines.sglang_answers import checked_version, finish_of, proven, sampled, sampling_params
+from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_output_layer
 from r3.rollout.engines.sglang_server import ServerFacts, check_server, read_facts
 from r3.rollout.handshake import probe
-from r3.rollout.provenance import StaleRows
 from r3.rollout.weight_files import exchanged
-from r3.rollout.wire import Wire, read_sglang
-from r3.routing import Provenance, RoutingTrace
+from r3.routing import Provenance
 from r3.types import ModelSpec, WeightSource, WeightVersion
 
 _FIRST: WeightVersion = 0
@@ -181,44 +177,14 @@ class SglangHttpEngine:
         if capture and request.routing_start:
             body["routed_experts_start_len"] = request.routing_start
         output = server.post("/generate", body)
-        meta = field_of(output, "meta_info", server.url)
-        field_of(output, "output_ids", server.url)
-        response, logprobs = sampled(index, output, self._model, self._name)
-        tokens = np.concatenate([request.tokens, response])
-        finish = finish_of(index, meta, self._name)
+        for key in ("meta_info", "output_ids"):
+            field_of(output, key, server.url)
         assert self._version is not None
-        version = checked_version(index, meta, self._version, self._name)
-        routing: RoutingTrace | None = None
-        wire: Wire | None = None
-        stale: tuple[StaleRows, ...] = ()
-        defect: RoutingError | None = None
-        begin = time.perf_counter()
-        if capture and not (finish == "abort" and not len(response)):
-            try:
-                decoded = read_sglang(
-                    meta.get("routed_experts"), tokens, self._model, request=index, weight_version=version,
-                    engine=self._name, start=request.routing_start,
-                )  # fmt: skip
-                wire = decoded.wire
-                routing, stale = proven(
-                    index, decoded.routing, meta, tokens, request,
-                    start=request.routing_start, engine=self._name, expected=self._provenance,
-                )  # fmt: skip
-            except RoutingError as error:
-                defect = error
-        return Generation(
-            tokens=tokens,
-            prompt_len=len(request.tokens),
-            logprobs=logprobs,
-            routing=routing,
-            finish=finish,
-            weight_version=version,
-            cached_tokens=int(meta.get("cached_tokens") or 0),
-            defect=defect,
-            wire=wire,
-            stale=stale,
-            decode_s=time.perf_counter() - begin,
-        )
+        return read_answer(
+            index, request, output, self._model,
+            version=self._version, engine=self._name, capture=capture, start=request.routing_start,
+            provenance=self._provenance,
+        )  # fmt: skip
 
     def _load(self, server: Server, directory: Path, version: WeightVersion) -> None:
         body = {"model_path": str(directory), "flush_cache": False, "weight_version": str(version)}

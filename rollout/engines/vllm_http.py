@@ -15,7 +15,7 @@ from r3.errors import EngineError
 from r3.rollout.engine import Request, Sampling
 from r3.rollout.engines.generation_only import Answer, GenerationOnlyEngine, numbers
 from r3.rollout.engines.http import Refused, Server, field_of
-from r3.rollout.wire import Decoded, read_vllm
+from r3.rollout.wire import Decoded, decode_vllm
 from r3.types import Finish
 
 _FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -80,7 +80,7 @@ class VllmHttpEngine(GenerationOnlyEngine):
         )
 
     def _decoder(self, start: int) -> Callable[..., Decoded]:
-        return partial(read_vllm, start=start)
+        return partial(decode_vllm, start=start)
 
 
 def _parameters(sampling: Sampling, number: int, start: int) -> dict[str, object]:

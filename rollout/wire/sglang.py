@@ -14,7 +14,7 @@ from r3.rollout.wire.common import (
     from_base64,
     record,
 )
-from r3.routing import RoutingTrace, TokenIds, expert_dtype
+from r3.routing import TokenIds, expert_dtype
 from r3.types import ModelSpec, WeightVersion
 
 CAPTURE_IS_OFF = (
@@ -25,23 +25,6 @@ STOCK_DTYPE = "int32"
 
 
 def decode_sglang(
-    payload: str | bytes | None,
-    tokens: TokenIds,
-    model: ModelSpec,
-    *,
-    request: int | str,
-    weight_version: WeightVersion,
-    engine: str,
-    start: int = 0,
-    dtype: str | None = None,
-) -> RoutingTrace:
-    """Decode a payload as `read_sglang` does and return the record alone."""
-    return read_sglang(
-        payload, tokens, model, request=request, weight_version=weight_version, engine=engine, start=start, dtype=dtype
-    ).routing
-
-
-def read_sglang(
     payload: str | bytes | None,
     tokens: TokenIds,
     model: ModelSpec,
@@ -84,7 +67,7 @@ def read_rows(
 ) -> Decoded:
     """Check rows `[rows, num_hidden_layers, top_k]` of positions from `begin` on that came without a wire.
 
-    Rows that need no cut are not copied. Raises `RoutingError` as `read_sglang` does.
+    Rows that need no cut are not copied. Raises `RoutingError` as `decode_sglang` does.
     """
     check_start(start, len(tokens), request)
     last = max(len(tokens) - 1, 0)

@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 
 from r3.errors import MissingRoutingError, RoutingError
 from r3.rollout.wire.common import Decoded, check_range, check_start, check_width, drop_dense, from_base64, record
-from r3.routing import RoutingTrace, TokenIds
+from r3.routing import TokenIds
 from r3.types import ModelSpec, WeightVersion
 
 CAPTURE_IS_OFF = (
@@ -26,22 +26,6 @@ _UNREADABLE = (ValueError, SyntaxError, TypeError, KeyError, OverflowError, Recu
 
 
 def decode_vllm(
-    payload: str | bytes | None,
-    tokens: TokenIds,
-    model: ModelSpec,
-    *,
-    request: int | str,
-    weight_version: WeightVersion,
-    engine: str,
-    start: int = 0,
-) -> RoutingTrace:
-    """Decode a payload as `read_vllm` does and return the record alone."""
-    return read_vllm(
-        payload, tokens, model, request=request, weight_version=weight_version, engine=engine, start=start
-    ).routing
-
-
-def read_vllm(
     payload: str | bytes | None,
     tokens: TokenIds,
     model: ModelSpec,

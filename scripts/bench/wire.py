@@ -103,7 +103,7 @@ def decode(table: Table, wide: np.ndarray, tokens: np.ndarray) -> RoutingTrace:
     payload = base64.b64encode(wide.tobytes()).decode()
 
     def ours() -> RoutingTrace:
-        return decode_sglang(payload, tokens, MODEL, request=0, weight_version=0, engine="benchmark")
+        return decode_sglang(payload, tokens, MODEL, request=0, weight_version=0, engine="benchmark").routing
 
     calls = {
         "base64 int32, plain": lambda: plain(payload),

@@ -39,7 +39,7 @@ def payload(ids: Ids) -> str:
 
 def decode(sent: str | None, tokens: NDArray[np.int32] = TOKENS, model: ModelSpec = MODEL) -> RoutingTrace:
     """Decode a payload as the SGLang adapter does."""
-    return decode_sglang(sent, tokens, model, request=7, weight_version=3, engine="sglang 0.5.23")
+    return decode_sglang(sent, tokens, model, request=7, weight_version=3, engine="sglang 0.5.23").routing
 
 
 def rows_shifted(by: int) -> Corruption:

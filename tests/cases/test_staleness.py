@@ -45,7 +45,7 @@ def wide(rows: int = TOTAL - 1, seed: int = 0) -> np.ndarray:
 
 def decode(rows: np.ndarray, tokens: np.ndarray = TOKENS) -> RoutingTrace:
     payload = base64.b64encode(np.ascontiguousarray(rows, dtype="<i4").tobytes())
-    return decode_sglang(payload, tokens, MODEL, request=7, weight_version=2, engine="sglang 0.5.23")
+    return decode_sglang(payload, tokens, MODEL, request=7, weight_version=2, engine="sglang 0.5.23").routing
 
 
 def stamped(

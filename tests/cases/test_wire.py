@@ -17,7 +17,7 @@ import pytest
 from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, check_generation
 from r3.rollout.turns import merge_turns, next_start
-from r3.rollout.wire import decode_lightllm, decode_sglang, decode_vllm, read_sglang
+from r3.rollout.wire import decode_lightllm, decode_sglang, decode_vllm
 from r3.routing import RoutingTrace
 from r3.types import Finish, ModelSpec
 from tests.engines.wire_server import made_up_experts
@@ -44,7 +44,7 @@ def all_rows(model: ModelSpec = MODEL, tokens: np.ndarray = TOKENS) -> np.ndarra
 
 
 def sglang(payload: Any, tokens: np.ndarray = TOKENS, model: ModelSpec = MODEL, **options: Any) -> RoutingTrace:
-    return decode_sglang(payload, tokens, model, **WHO, **options)
+    return decode_sglang(payload, tokens, model, **WHO, **options).routing
 
 
 def lightllm(payload: Any, model: ModelSpec = MODEL, tokens: np.ndarray = TOKENS) -> RoutingTrace:
@@ -52,7 +52,7 @@ def lightllm(payload: Any, model: ModelSpec = MODEL, tokens: np.ndarray = TOKENS
 
 
 def vllm(payload: Any, model: ModelSpec = MODEL, **options: Any) -> RoutingTrace:
-    return decode_vllm(payload, TOKENS, model, **WHO, **options)
+    return decode_vllm(payload, TOKENS, model, **WHO, **options).routing
 
 
 def outcome(finish: Finish, response: int, payload: str | None) -> RoutingError | None:
@@ -207,7 +207,7 @@ def test_two_readings_of_one_size_are_not_guessed() -> None:
     narrow = encode_sglang(all_rows(tokens=tokens), np.uint8)
     with pytest.raises(RoutingError, match="fits int32 from row 3 and uint8 from row 0; name its dtype"):
         sglang(narrow, tokens, start=3)
-    found = read_sglang(narrow, tokens, MODEL, **WHO, start=3, dtype="uint8")
+    found = decode_sglang(narrow, tokens, MODEL, **WHO, start=3, dtype="uint8")
     assert (found.routing.rows, found.wire) == (1, ("uint8", 0))
 
 

@@ -49,7 +49,7 @@ class Started:
         """Return what the command has printed."""
         return (self.run.parent / "output.txt").read_text()
 
-    def require_nothing_left(self, timeout: float = 60) -> None:
+    def require_nothing_left(self, timeout: float = 180) -> None:
         """Wait until no descendant is left."""
         wait_until(lambda: not processes(self.mark), timeout, lambda: f"the end of {processes(self.mark)}")
 

@@ -1,118 +1,75 @@
-"""What replay does to the mismatch of a bf16 engine and an fp32 trainer, and that the metric sees broken records."""
+"""The offline study of a bf16 engine and an fp32 trainer: what replay does, and that wrong records are seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from r3.audit import AuditError
-from r3.canary import check_canary
-from r3.config import Config, load_config
-from r3.metrics import bootstrap_interval
-from r3.routing import RoutingTrace
-from r3.tasks import open_task
-from r3.transport import BatchRef
-from r3.types import Batch, Trajectory
+from tests.command import ROOT, run_module
 
 pytestmark = pytest.mark.e2e
-ROUNDS = 36
-
-
-@dataclass
-class Bridge:
-    """Engine and trainer of one model, with a few thousand sampled answers."""
-
-    config: Config
-    audit: Callable[[list[Any]], dict[str, float]]
-    batches: list[Any]
-    tokens: list[int]
+TOKENS = 8_000
 
 
 @pytest.fixture(scope="module")
-def bridge(ray_session: None, warm_model: Path) -> Iterator[Bridge]:
-    from r3.rollout.pool import RolloutPool
-    from r3.trainer.group import TrainerGroup
+def study(warm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The report and the table that the command prints, with controls and a dense model of random weights."""
+    from tests.megatron.toys import write_dense
 
-    config = load_config("grpo_qwen3moe")
-    task = open_task(config.task)
-    with RolloutPool(config, warm_model) as pool, TrainerGroup(config, warm_model) as trainers:
-        rollouts = [pool.generate([task.train_prompt(32 * r + i) for i in range(32)], r) for r in range(ROUNDS)]
-        yield Bridge(
-            config,
-            lambda refs: dict(trainers.audit(refs)),
-            [batch for rollout in rollouts for batch in rollout.batches],
-            [rollout.response_tokens for rollout in rollouts],
-        )
-
-
-def test_replay_lowers_k3_of_a_bf16_engine(bridge: Bridge, record_property: Callable[[str, object], None]) -> None:
-    assert sum(bridge.tokens) >= 50_000
-    audits = [bridge.audit([batch]) for batch in bridge.batches]
-    weights = np.array(bridge.tokens) / np.mean(bridge.tokens)
-    replayed = np.array([audit["mismatch/k3"] for audit in audits]) * weights
-    native = np.array([audit["mismatch_native/k3"] for audit in audits]) * weights
-    low, high = bootstrap_interval(native - replayed)
-    record_property("k3", {"replay": replayed.mean(), "native": native.mean(), "difference": (low, high)})
-    assert low > 0
-    assert all(audit["router/coverage"] == 1 and audit["router/mismatched_ids"] == 0 for audit in audits)
-    assert all(audit["router/lag_margin"] > 0.2 for audit in audits)
-    for audit in audits:
-        check_canary(bridge.config, audit)
+    folder = tmp_path_factory.mktemp("study")
+    dense = write_dense(folder / "dense", head_dim=32)
+    result = run_module(
+        "r3.mismatch", "--config", "grpo_qwen3moe", f"model={warm_model}",
+        "--engine-dtype", "bfloat16", "--trainer-dtype", "float32", "--tokens", str(TOKENS), "--dense", dense,
+        "--controls", "--noise", "0.3", "--control-tokens", "1500", "--out", folder / "report.json",
+        cwd=folder, path=(ROOT,),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"of {TOKENS:,} response tokens" in result.stderr, "progress"
+    return json.loads((folder / "report.json").read_text()), result.stdout
 
 
-def shift(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Give every token the experts of the one before it."""
-    return [_rewritten(t, np.roll(_experts(t), 1, axis=0)) for t in trajectories]
+@pytest.fixture(scope="module")
+def rows(study: tuple[dict[str, Any], str]) -> dict[str, Any]:
+    return {row["key"]: row for row in study[0]["rows"]}
 
 
-def neighbour(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Give every sequence the experts of another prompt's answer, where both have rows."""
-    others = trajectories[8:] + trajectories[:8]
-    swapped = []
-    for mine, other in zip(trajectories, others, strict=True):
-        experts = _experts(mine).copy()
-        rows = min(len(experts), len(_experts(other)))
-        experts[:rows] = _experts(other)[:rows]
-        swapped.append(_rewritten(mine, experts))
-    return swapped
+def value(row: dict[str, Any], key: str) -> float:
+    found: float = row["values"][key]["value"]
+    return found
 
 
-def reverse(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Give every layer the experts of its mirror image."""
-    return [_rewritten(t, _experts(t)[:, ::-1]) for t in trajectories]
+def test_replay_lowers_the_difference(study: tuple[dict[str, Any], str], rows: dict[str, Any]) -> None:
+    native, replayed = rows["native"], rows["r3"]
+    assert native["tokens"] == replayed["tokens"] >= TOKENS
+    # Of the same answers, so the few that move k3 are in both. Too few for an interval: docs/results.md has those.
+    assert study[0]["factors"]["native mean abs / R3 mean abs"]["value"] > 1
+    assert value(native, "k3") > value(replayed, "k3") > 0
+    assert value(native, "extreme_1p5") >= value(replayed, "extreme_1p5")
+    assert study[0]["factors"]["native k3 / R3 k3"]["value"] > 1
+    # Part of the record keeps part of the gain.
+    for part in ("r3_response", "r3_last_half"):
+        assert value(replayed, "abs_mean") < value(rows[part], "abs_mean") < value(native, "abs_mean")
+    assert 0 < value(native, "disagree_token_layer") < value(native, "disagree_token") < 0.5
 
 
-@pytest.mark.parametrize("defect", [shift, neighbour, reverse])
-def test_wrong_records_raise_k3_a_hundredfold(bridge: Bridge, defect: Callable[..., Any]) -> None:
-    batch = bridge.batches[0].get()
-    right = bridge.audit([bridge.batches[0]])["mismatch/k3"]
-    wrong = bridge.audit([BatchRef.put(Batch.pack(defect(batch.trajectories())))])
-    assert wrong["mismatch/k3"] > 100 * right
-    with pytest.raises(AuditError, match="the trainer's own top-k"):
-        check_canary(bridge.config, wrong)
-    if defect is shift:
-        assert wrong["router/lag_margin"] < 0
+@pytest.mark.parametrize("control", ["control_shift", "control_neighbour", "control_reverse", "control_gates"])
+def test_controls_raise_k3_and_an_alarm(rows: dict[str, Any], control: str) -> None:
+    assert value(rows[control], "k3") > 100 * value(rows["r3"], "k3")
+    assert rows[control]["alarms"]
 
 
-def _experts(trajectory: Trajectory) -> np.ndarray:
-    assert trajectory.routing is not None
-    return trajectory.routing.experts
+def test_injected_noise_is_what_replay_takes_away(rows: dict[str, Any]) -> None:
+    assert value(rows["noise_0.3_native"], "k3") > 10 * value(rows["noise_0.3_r3"], "k3")
 
 
-def _rewritten(trajectory: Trajectory, experts: np.ndarray) -> Trajectory:
-    """A structurally perfect record, checksum included, of the wrong experts."""
-    assert trajectory.routing is not None
-    trace = RoutingTrace.record(
-        experts,
-        trajectory.tokens,
-        layers=trajectory.routing.layers,
-        num_experts=trajectory.routing.num_experts,
-        weight_version=trajectory.weight_version,
-        engine=trajectory.routing.engine,
-    )
-    return replace(trajectory, routing=trace)
+def test_the_dense_model_has_a_row_and_the_table_every_row(
+    study: tuple[dict[str, Any], str], rows: dict[str, Any]
+) -> None:
+    assert 0 < value(rows["dense"], "k3") < 1e-2
+    assert "disagree_token" not in rows["dense"]["values"]
+    for row in rows.values():
+        assert f"| {row['name']} |" in study[1]

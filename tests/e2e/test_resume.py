@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from r3.run import read_rows
 from tests.e2e.launch import SMALL, Started, started, status, steps
 
 pytestmark = pytest.mark.e2e
-STEPS = 7
 DETERMINISTIC = ("run.deterministic=true", "rollout.dtype=float32")
 
 
@@ -24,8 +24,8 @@ def finish(run: Path, *arguments: str) -> None:
         command.require_nothing_left()
 
 
-def fresh(run: Path, *overrides: str) -> tuple[str, ...]:
-    return ("--config", "grpo_qwen3moe", f"run.dir={run}", f"run.steps={STEPS}", *SMALL, *overrides)
+def fresh(run: Path, total: int, *overrides: str) -> tuple[str, ...]:
+    return ("--config", "grpo_qwen3moe", f"run.dir={run}", f"run.steps={total}", *SMALL, *overrides)
 
 
 def comparable(run: Path) -> list[dict[str, Any]]:
@@ -42,30 +42,31 @@ def interrupt(command: Started) -> None:
     os.killpg(command.process.pid, signal.SIGINT)
 
 
-STOPS = (
-    (2, interrupt, 130, "interrupted"),
-    (4, lambda command: command.process.send_signal(signal.SIGTERM), 143, "interrupted"),
-    (5, lambda command: command.process.kill(), -signal.SIGKILL, "running"),
+KILL = (lambda command: command.process.kill(), -signal.SIGKILL, "running")
+TERMINATE = (lambda command: command.process.send_signal(signal.SIGTERM), 143, "interrupted")
+INTERRUPT = (interrupt, 130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("total", "stops"),
+    [
+        pytest.param(4, ((2, *KILL),), id="killed"),
+        pytest.param(7, ((2, *INTERRUPT), (4, *TERMINATE), (5, *KILL)), id="three stops", marks=pytest.mark.slow),
+    ],
 )
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(warm_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    finish(run, *fresh(run, *DETERMINISTIC))
-    return run
-
-
-def test_three_stops_change_nothing_and_leave_nothing(uninterrupted: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    arguments = fresh(run, *DETERMINISTIC)
-    for step, stop, code, state in STOPS:
+def test_stops_change_nothing_and_leave_nothing(
+    total: int, stops: tuple[tuple[int, Callable[[Started], None], int, str], ...], warm_model: Path, tmp_path: Path
+) -> None:
+    uninterrupted, run = tmp_path / "whole" / "run", tmp_path / "run"
+    finish(uninterrupted, *fresh(uninterrupted, total, *DETERMINISTIC))
+    arguments = fresh(run, total, *DETERMINISTIC)
+    for step, stop, code, state in stops:
         with started(run, *arguments) as command:
             command.wait_for_step(step)
             stop(command)
             assert command.process.wait(timeout=60) == code, command.output()
             command.require_nothing_left()
-        assert steps(run)[-1] < STEPS
+        assert steps(run)[-1] < total
         assert status(run)["state"] == state
         assert status(run).get("exit_code", code) == code
         assert "Traceback" not in command.output()
@@ -73,23 +74,23 @@ def test_three_stops_change_nothing_and_leave_nothing(uninterrupted: Path, tmp_p
     finish(run, *arguments)
 
     assert status(run)["state"] == "done"
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, total + 1))
     assert comparable(run) == comparable(uninterrupted)
     weights = [path / "hf" / "model.safetensors" for path in (run, uninterrupted)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     resumed = [row["step"] for row in read_rows(run / "events.jsonl") if row["event"] == "resumed"]
-    assert len(resumed) == 3
+    assert len(resumed) == len(stops)
     assert resumed == sorted(resumed)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        "LATEST", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}"
+        "LATEST", f"step-{total - 1:08d}", f"step-{total:08d}"
     ]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_default_mode_resumes_without_a_jump(warm_model: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
-    finish(whole, *fresh(whole, "run.steps=8"))
-    finish(cut, *fresh(cut, "run.steps=4"))
+    finish(whole, *fresh(whole, 8))
+    finish(cut, *fresh(cut, 4))
     finish(cut, "--resume", str(cut), "run.steps=8")
     for key in ("rollout/reward_mean", "mismatch/k3"):
         expected, found = ([row[key] for row in read_rows(run / "metrics.jsonl")] for run in (whole, cut))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import httpx
 
+from tests import plugin_entry
+
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 400.0
 
@@ -28,7 +30,7 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         command = [sys.executable, "-m", "r3.rollout.sglang_cpu.server", f"--model-path={model}", f"--port={port}"]
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", ""), plugin_entry.folder()]))
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [*command, "--dtype=float32", "--log-level=warning", "--random-seed=0", *options],

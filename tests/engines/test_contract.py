@@ -7,7 +7,8 @@ prefills come in chunks of 32 tokens and whose KV is small enough that requests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +16,23 @@ import numpy as np
 import pytest
 
 from r3.rollout.engine import Generation, Request, Sampling
+from r3.rollout.turns import merge_turns, next_start
 from r3.routing import Span
 from tests.engines import reference, scenarios
+from tests.engines.conftest import CHUNK
 from tests.tiny_model import EOS, VOCAB_SIZE
 
 pytestmark = pytest.mark.engine
 
 Worker = Callable[..., Any]
 NEAR_TIE = 1e-5
-CHUNK, SLOTS = 32, 2048
 
 
-@pytest.fixture(scope="module", params=["overlap", "no overlap"])
-def engine(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -> Iterator[Worker]:
-    import ray
-
-    from tests.real_engine import StampingHost, engine_config
-
-    arguments = {
-        "disable_overlap_schedule": request.param == "no overlap",
-        "chunked_prefill_size": CHUNK,
-        # Admits far more than fits, so that running requests are retracted.
-        "schedule_conservativeness": 0.01,
-    }
-    config = engine_config(max_total_tokens=SLOTS, engine_args=arguments)
-    actor = ray.remote(StampingHost).options(num_cpus=1).remote(config, str(model_a), 0)
-
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=300)
-
-    call("start")
-    yield call
-    call("close")
-    ray.kill(actor)
+@pytest.fixture(scope="module")
+def engine(stamping: Worker, model_a: Path) -> Worker:
+    """The shared engine, with the weights that these tests expect."""
+    stamping("engine", "load_weights", model_a, 0)
+    return stamping
 
 
 def requests(count: int, seed: int, longest: int = 60) -> list[Request]:
@@ -146,3 +131,25 @@ def test_weights_that_change_between_two_turns(engine: Worker, model_a: Path, mo
     assert_contract(model_b, second)
     assert {answer.stale for answer in [*first, *second]} == {()}
     assert {span.weight_version for answer in second for span in answer.routing.spans} == {7}
+
+
+def test_a_second_turn_asks_for_its_own_rows_alone(engine: Worker, model_a: Path) -> None:
+    engine("engine", "load_weights", model_a, 8)
+    first = generate(engine, requests(16, seed=8), tokens=8)
+    prompts = [
+        Request(np.append(a.tokens, [9, 8]).astype(np.int32), routing_start=next_start(a.routing)) for a in first
+    ]
+    # SGLang takes one start for a batch: the rows of longer first turns are cut after they came.
+    assert len({request.routing_start for request in prompts}) > 4
+    second = generate(engine, prompts, tokens=8)
+
+    for request, after in zip(prompts, second, strict=True):
+        assert after.routing.rows == len(after.tokens) - 1 - request.routing_start
+        assert after.routing.provenance == "exact"
+        assert after.routing.spans == (Span(request.routing_start, len(after.tokens) - 1, 8),)
+    whole = [
+        replace(after, routing=merge_turns(before.routing, after.routing, after.tokens))
+        for before, after in zip(first, second, strict=True)
+    ]
+    assert_contract(model_a, whole)
+    assert {answer.stale for answer in second} == {()}

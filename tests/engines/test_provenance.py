@@ -6,7 +6,7 @@ shown by the rows themselves, which are those of the one or the other checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,6 @@ pytestmark = pytest.mark.engine
 
 Worker = Callable[..., Any]
 PROMPT_LEN = 20
-
-
-@pytest.fixture(scope="module", params=["overlap", "no overlap"])
-def stamping(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -> Iterator[Worker]:
-    """An engine with the plugin."""
-    import ray
-
-    from tests.real_engine import StampingHost, engine_config
-
-    config = engine_config(
-        routing={"provenance": "require", "shared_memory": "require", "shared_mib": 1},
-        engine_args={"disable_overlap_schedule": request.param == "no overlap"},
-    )
-    actor = ray.remote(StampingHost).options(num_cpus=1).remote(config, str(model_a), 0)
-
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=300)
-
-    call("start")
-    yield call
-    call("close")
-    ray.kill(actor)
 
 
 def prompt(seed: int) -> np.ndarray:

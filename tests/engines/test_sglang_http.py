@@ -14,6 +14,7 @@ import pytest
 from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import Engine, Generation, Request, Sampling, check_generation, open_engine
 from r3.rollout.turns import merge_turns, next_start
+from r3.routing import Span
 from r3.types import ModelSpec
 from tests.engines import reference
 from tests.engines.sglang_server import RunningServer, running
@@ -56,6 +57,23 @@ def test_the_handshake_describes_the_server(engine: Engine, model_a: Path) -> No
     found = spec.recorded
     assert (found.layers, found.num_experts, found.top_k) == ((0, 1, 2, 3), 16, 4)
     assert (found.wire_dtype, found.honours_start, found.cached_rows) == ("int32", True, True)
+
+
+def test_a_server_with_the_plugin_proves_who_wrote_its_rows(engine: Engine) -> None:
+    spec = engine.spec()
+    assert (spec.provenance, spec.unstamped, spec.recorded.provenance) == ("exact", "", "exact")
+    for answer in generate(engine, requests(4, seed=6)):
+        assert answer.defect is None
+        assert (answer.routing.provenance, answer.stale) == ("exact", ())
+        assert answer.routing.spans == (Span(0, len(answer.tokens) - 1, answer.weight_version),)
+
+
+def test_stamps_are_left_unread_where_they_are_switched_off(server: RunningServer, model_a: Path) -> None:
+    engine = open_engine(engine_config({"provenance": "off"}, engine="sglang_http", urls=(server.url,)), model_a, 0)
+    assert (engine.spec().provenance, engine.spec().unstamped) == ("unknown", "routing.provenance is off")
+    (answer,) = generate(engine, requests(1, seed=7))
+    assert answer.routing.provenance == "unknown"
+    engine.close()
 
 
 def test_log_probs_and_experts_are_those_of_the_reference(engine: Engine, model_a: Path) -> None:

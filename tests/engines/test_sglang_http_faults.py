@@ -55,6 +55,31 @@ def start(directory: Path) -> Iterator[Start]:
         yield begin
 
 
+def test_a_stock_server_leaves_provenance_unknown_and_says_why(start: Start, wire: SglangWire) -> None:
+    engine, _ = start(wire)
+    spec = engine.spec()
+    assert spec.provenance == "unknown"
+    assert spec.unstamped.startswith("sglang 0.5.23 stamps no rows; install this package where the server runs")
+
+
+def test_required_provenance_refuses_a_stock_server(start: Start, wire: SglangWire) -> None:
+    with pytest.raises(ConfigError, match=r"routing\.provenance is require, but sglang 0\.5\.\d+ stamps no rows"):
+        start(wire, tree={"routing": {"provenance": "require"}})
+
+
+def test_an_abort_in_the_queue_says_that_its_rows_are_gone(start: Start, wire: SglangWire) -> None:
+    engine, _ = start(wire)
+
+    def abort(answer: Body, body: Body) -> None:
+        answer["meta_info"]["finish_reason"] = {"type": "abort"}
+        del answer["meta_info"]["routed_experts"]
+
+    wire.change = abort
+    (found,) = engine.generate([REQUEST], SAMPLING, capture=True)
+    assert found.finish == "abort"
+    assert "aborted in the queue with 4 tokens sampled" in str(found.defect)
+
+
 REPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "no capture": ({"enable_return_routed_experts": False}, "start it with --enable-return-routed-experts"),
     "speculation": ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm 'EAGLE', which is refused: the captu"),

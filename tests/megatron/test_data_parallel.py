@@ -76,7 +76,11 @@ def test_gradients_equal_one_process(
 
 @pytest.mark.parametrize("mini_steps", [1, 2])
 def test_a_step_reports_and_does_the_same(gloo_pool: GlooPool, model_dir: Path, mini_steps: int) -> None:
-    config = make_config(grpo={"mini_steps": mini_steps, "kl_coef": 0.01}, rollout={"dtype": "float32"})
+    config = make_config(
+        grpo={"mini_steps": mini_steps, "kl_coef": 0.01},
+        rollout={"dtype": "float32"},
+        metrics={"counterfactual_r2": True},
+    )
     batch = make_batch(ModelSpec.from_directory(model_dir), groups=4, members=3)
     with joined_worker(config, model_dir) as worker:
         expected, weights = report_of(worker, batch)

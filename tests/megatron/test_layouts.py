@@ -27,6 +27,7 @@ from tests.megatron.layouts import (
 from tests.megatron.toys import make_batch, make_config
 
 pytestmark = pytest.mark.megatron
+R2 = {"counterfactual_r2": True}
 FORMS = {"packed": True, "padded": False}
 
 
@@ -54,11 +55,12 @@ def large_pool() -> Iterator[GlooPool]:
 
 def assert_equal(found: Rehearsal, expected: Rehearsal, batch: Batch, config: Config) -> None:
     counts = found.counts
-    rows = int(batch.row_offsets[-1])
+    rows = batch.stored.rows
     assert (counts.mismatched_ids, counts.missing) == (0, 0)
     assert counts.replayed == counts.required == counts.compared == rows
     assert counts.native == len(batch), "only last tokens route on their own"
     np.testing.assert_array_equal(counts.disagree, expected.counts.disagree)
+    np.testing.assert_array_equal(found.differs, expected.differs)
     assert counts.disagree_any == expected.counts.disagree_any
     assert found.loss == pytest.approx(expected.loss, abs=1e-6)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
@@ -102,11 +104,13 @@ def test_a_step_reports_what_one_process_reports(
 ) -> None:
     parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=60)
     try:
-        expected = step_of_layout(make_config(), model_dir, batch)
+        expected = step_of_layout(make_config(metrics=R2), model_dir, batch)
     finally:
         parallel.leave()
-    found, nothing = gloo_pool.run(step_of_layout, layout_config(LAYOUTS[layout], 2), model_dir, batch)
+    config = layout_config(LAYOUTS[layout], 2, metrics=R2)
+    found, nothing = gloo_pool.run(step_of_layout, config, model_dir, batch)
     assert nothing is None
+    assert {"mismatch/k3", "mismatch_native/k3", "mismatch_r2/k3", "router/dead_experts"} <= found.keys()
     assert found.keys() == expected.keys()
     for key in expected.keys() - {"router/pad_rows", "router/native_rows"}:
         # Lag overlaps leave out the pairs of rows that a cut takes apart.

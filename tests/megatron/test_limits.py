@@ -73,7 +73,7 @@ class Bench:
         found = self.pool().run(run_layout, config, self.directory, batch)[0]
         expected = single_process(self.directory, batch)
         assert found.counts.mismatched_ids == found.counts.missing == 0
-        assert found.counts.replayed == found.counts.required == int(batch.row_offsets[-1])
+        assert found.counts.replayed == found.counts.required == batch.stored.rows
         assert found.loss == pytest.approx(expected.loss, abs=1e-6)
         assert worst_difference(found.gradients, expected.gradients)[0] <= 1e-5
 

@@ -43,7 +43,7 @@ def model(tmp_path: Path) -> Path:
 def rehearsal() -> Rehearsal:
     counts = replace(RouterCounts.zero(2), required=9, replayed=9, compared=9)
     tensors = {"a": np.ones(4000, np.float32), "b": np.full(3, 2, np.float32)}
-    return Rehearsal(1.0, np.zeros(5), 3.0, tensors, tensors, counts, False, 0.0)
+    return Rehearsal(1.0, np.zeros(5), np.zeros((5, 2), np.bool_), 3.0, tensors, tensors, counts, False, 0.0)
 
 
 def failed(found: Rehearsal, copies: float = 1) -> list[str]:
@@ -88,6 +88,7 @@ def test_replay_is_proven_in_two_layouts(model: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_a_recompute_without_the_record_is_found(tmp_path: Path, model: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(LEFT_OUT)
     result = run_module("r3.doctor", "replay", "--layout", "dp1,full", f"model={model}", path=(ROOT, tmp_path))

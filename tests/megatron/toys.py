@@ -47,6 +47,18 @@ def write_mixtral(directory: Path, seed: int = 0, **changes: Any) -> Path:
     return _write(MixtralForCausalLM(config), directory)
 
 
+def write_dense(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a random fp32 dense Qwen3 checkpoint: 4 layers, h 64, norms away from 1."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    moe = ("model_type", "architectures", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+           "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers")  # fmt: skip
+    kept = {key: value for key, value in CONFIG.items() if key not in moe}
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96} | changes
+    return _write(Qwen3ForCausalLM(Qwen3Config(**(kept | sizes))), directory)
+
+
 def _write(model: Any, directory: Path) -> Path:
     model = model.float()
     with torch.no_grad():
@@ -63,9 +75,10 @@ def _write(model: Any, directory: Path) -> Path:
 def make_config(**sections: dict[str, Any]) -> Config:
     """Return the default config with some keys changed; a high, constant learning rate makes updates visible.
 
-    The audit only warns, because the records of `make_batch` are random.
+    The audit only warns, because the records of `make_batch` are random; the checkpoints have no tokenizer for texts.
     """
     sections["routing"] = {"on_alarm": "warn"} | sections.get("routing", {})
+    sections["metrics"] = {"tokens_every": 0} | sections.get("metrics", {})
     trainer = {"lr": 1e-3, "lr_warmup_steps": 0, "micro_batch_size": 4} | sections.pop("trainer", {})
     return Config.model_validate({"trainer": trainer, **sections})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -35,7 +37,19 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
     """Trajectories of one model; some carry no routing."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lengths = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8), st.booleans()), min_size=1, max_size=8))
-    return [trajectory(generator, i, prompt, response, routed) for i, (prompt, response, routed) in enumerate(lengths)]
+    made = [trajectory(generator, i, prompt, response, routed) for i, (prompt, response, routed) in enumerate(lengths)]
+    return [sharing(t, made[i - 1], draw(st.integers(0, 6))) if i % 2 else t for i, t in enumerate(made)]
+
+
+def sharing(one: Trajectory, sibling: Trajectory, rows: int) -> Trajectory:
+    """Give `one` the first tokens and routing rows of its sibling, as many as both have."""
+    if one.routing is None or sibling.routing is None:
+        return one
+    rows = min(rows, one.routing.rows, sibling.routing.rows)
+    tokens = np.concatenate([sibling.tokens[:rows], one.tokens[rows:]])
+    experts = np.concatenate([sibling.routing.experts[:rows], one.routing.experts[rows:]])
+    experts.flags.writeable = False
+    return replace(one, tokens=tokens, routing=replace(one.routing, experts=experts, crc32=checksum(experts, tokens)))
 
 
 def trajectory(generator: np.random.Generator, i: int, prompt: int, response: int, routed: bool = True) -> Trajectory:

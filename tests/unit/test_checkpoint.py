@@ -191,6 +191,7 @@ def a_run(path: Path) -> RunDirectory:
     run = RunDirectory.create(path, load_config(None, ["run.steps=8"]))
     for step in range(1, 8):
         run.log_metrics({"step": step})
+    run.tokens.write_text('{"step": 1}\n{"step": 6}\n{"ste')
     with run.metrics.open("a") as file:
         file.write('{"step": 8, "rollout/rew')
     return run
@@ -199,6 +200,7 @@ def a_run(path: Path) -> RunDirectory:
 def test_metrics_go_back_to_the_step_and_changed_keys_are_recorded(tmp_path):
     run = a_run(tmp_path / "run")
     RunDirectory.reopen(run.path, load_config(None, ["run.steps=12", "trainer.lr=1e-4"]), 5)
+    assert [row["step"] for row in read_rows(run.tokens)] == [1]
     assert [row["step"] for row in read_rows(run.metrics)] == [1, 2, 3, 4, 5]
     event = read_rows(run.path / "events.jsonl")[-1]
     assert event["event"] == "resumed"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tomllib
 from collections import namedtuple
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from r3 import doctor
 from r3.config import Config, load_config
@@ -124,3 +127,14 @@ def test_a_torch_that_takes_the_interpreter_down_is_reported(monkeypatch) -> Non
     assert doctor.check_gpu(Config()).state == "FAIL"
     monkeypatch.setattr(doctor, "_GPU_PROBE", "raise ImportError('libcudart.so.13: no such file')")
     assert "libcudart.so.13" in doctor.check_gpu(Config()).detail
+
+
+def test_a_package_has_one_range_in_every_extra() -> None:
+    """The doctor names the range of a package, so there must be one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted: dict[str, set[str]] = {}
+    extras = project["optional-dependencies"].values()
+    for line in chain(project["dependencies"], *extras):
+        requirement = Requirement(line)
+        wanted.setdefault(requirement.name, set()).add(str(requirement.specifier))
+    assert {name: ranges for name, ranges in wanted.items() if len(ranges) > 1} == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,10 @@ def test_nothing_but_a_routing_error_comes_out(tmp_path: Path) -> None:
     done = fuzz(SCRIPT, "--inputs", "4000", "--seed", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "4,000 inputs, seed 1" in done.stdout
-    for outcome in ("record accepted", "record refused", "sglang accepted", "sglang refused"):
-        assert outcome in done.stdout, "the inputs do not reach what lies behind the first check"
+    for target in ("record", "sglang", "lightllm", "vllm", "stamps"):
+        found = re.search(rf"{target} +accepted +[\d,]+, refused +[\d,]+ for (\d+) kinds", done.stdout)
+        assert found, done.stdout
+        assert int(found[1]) > 3, f"{target}: the inputs do not reach what lies behind the first checks"
     assert not list(tmp_path.iterdir())
 
 

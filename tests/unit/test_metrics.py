@@ -111,8 +111,37 @@ def test_counts_of_two_ranks_add_up():
 
 def test_load_imbalance_of_balanced_and_collapsed_routing():
     balanced = np.arange(16, dtype=np.uint8).reshape(4, 1, 4)
-    assert metrics.load_max_over_mean(balanced, 16) == 1
-    assert metrics.load_max_over_mean(np.zeros((4, 1, 4), np.uint8), 16) == 16
+    assert metrics.load_imbalance(metrics.expert_loads(balanced, 16)).tolist() == [1]
+    assert metrics.load_imbalance(metrics.expert_loads(np.zeros((4, 1, 4), np.uint8), 16)).tolist() == [16]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 40))
+def test_loads_equal_a_slow_count(seed, layers, rows):
+    generator, experts, k = np.random.default_rng(seed), 6, 2
+    ids = generator.random((rows, layers, experts)).argsort(2)[:, :, :k].astype(np.uint8)
+    slow = [[sum(e in row[layer] for row in ids.tolist()) for e in range(experts)] for layer in range(layers)]
+    loads = metrics.expert_loads(ids, experts)
+    assert loads.tolist() == slow
+    found = metrics.load_metrics(loads, k)
+    assert found["router/load_max_over_mean"] == pytest.approx(max(max(row) for row in slow) / (rows * k / experts))
+    assert found["router/dead_experts"] == pytest.approx(sum(row.count(0) for row in slow) / (layers * experts))
+    assert found["router/dead_layers"] == sum(experts - row.count(0) <= k for row in slow)
+
+
+def test_loads_of_no_record_are_no_metric():
+    assert metrics.load_metrics(np.zeros((2, 4), np.int64), 2) == {}
+    assert metrics.load_metrics(np.zeros((0, 0), np.int64), 0) == {}
+    assert metrics.load_imbalance(np.zeros((1, 4), np.int64)).tolist() == [0]
+
+
+def test_drift_is_half_the_sum_of_differences():
+    loads, reference = (
+        np.array([[3, 1, 0, 0], [5, 5, 0, 0], [1, 1, 1, 1]]),
+        np.array([[1, 1, 1, 1], [10, 10, 0, 0], [0] * 4]),
+    )
+    # Layer 0: shares .75 .25 0 0 against .25 each; layer 1: the same shares; layer 2: nothing to compare with.
+    assert metrics.load_drift(loads, reference).tolist() == [0.5, 0, 0]
+    assert metrics.load_drift(np.array([[7, 0]]), np.array([[0, 1]])).tolist() == [1]
 
 
 def test_bootstrap_interval_covers_the_mean():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from r3.errors import ConfigError, RoutingError
 from r3.types import Batch, ModelSpec, layer_blocks
-from tests.unit.strategies import trajectories, trajectory
+from tests.unit.strategies import sharing, trajectories, trajectory
 
 CONFIG = {
     "model_type": "qwen3_moe", "num_hidden_layers": 6, "mlp_only_layers": [1], "decoder_sparse_step": 1,
@@ -60,7 +60,7 @@ def test_a_record_in_blocks_is_the_record(packed, size):
     batch = Batch.pack(packed, size)
     captured = [t for t in packed if t.routing is not None]
     assert [block.layers for block in batch.blocks] == (list(layer_blocks(range(4), size)) if captured else [])
-    assert batch.routing_bytes == sum(t.routing.experts.nbytes for t in captured)
+    assert batch.routing_bytes == sum(t.routing.experts.nbytes for t in captured) - shared_bytes(packed)
     for i, before in enumerate(packed):
         record, after = batch.record(i), batch.trajectory(i)
         assert (record is None) == (after.routing is None) == (before.routing is None)
@@ -70,11 +70,50 @@ def test_a_record_in_blocks_is_the_record(packed, size):
             # Every block stands for itself: its rows and checksum need no other one.
             block.validate(len(before.tokens))
             block.verify(before.tokens)
-            assert np.shares_memory(block.experts, whole.experts)
+            assert np.shares_memory(block.experts, whole.experts) == (not batch.stored.shared[i, 1])
             assert whole.experts.flags.c_contiguous
         assert after.routing.layers == before.routing.layers
         assert np.array_equal(after.routing.experts, before.routing.experts)
         assert (after.routing.crc32, after.routing.spans) == (before.routing.crc32, before.routing.spans)
+
+
+def shared_bytes(packed) -> int:
+    """Bytes of leading prompt rows that a member has in common with its group's first record, row by row."""
+    total, firsts = 0, {}
+    for one in packed:
+        if one.routing is None:
+            continue
+        first = firsts.setdefault(one.group, one)
+        if first is one:
+            continue
+        for a, b in zip(one.routing.experts[: one.prompt_len], first.routing.experts[: first.prompt_len], strict=False):
+            if not np.array_equal(a, b):
+                break
+            total += a.nbytes
+    return total
+
+
+def test_the_prompt_rows_of_a_group_are_stored_once():
+    generator = np.random.default_rng(0)
+    first = trajectory(generator, 0, 6, 3)
+    group = [first] + [replace(sharing(trajectory(generator, i, 6, 3), first, 6), group=0, member=i) for i in (1, 2, 3)]
+    batch = Batch.pack(group, 2)
+    assert [len(block.experts) for block in batch.blocks] == [8 + 3 * 2] * 2  # 6 prompt rows once, 2 more of each
+    for i, before in enumerate(group):
+        assert np.array_equal(batch.trajectory(i).routing.experts, before.routing.experts)
+
+
+def test_a_damaged_shared_row_is_found_in_every_sample_that_has_it():
+    generator = np.random.default_rng(0)
+    first = trajectory(generator, 0, 6, 3)
+    batch = Batch.pack([first, replace(sharing(trajectory(generator, 1, 6, 3), first, 6), group=0)])
+    (block,) = batch.blocks
+    experts = block.experts.copy()
+    experts[2, 0, 0] ^= 1
+    broken = replace(batch, blocks=(replace(block, experts=experts),))
+    for i in range(2):
+        with pytest.raises(RoutingError, match="checksum"):
+            broken.trajectory(i).routing.verify(broken.sample(i).tokens)
 
 
 @given(trajectories(), st.sets(st.integers(0, 3)))
@@ -131,6 +170,14 @@ def test_different_models_are_told_apart_field_by_field():
     one, other = ModelSpec.from_hf_config(CONFIG), ModelSpec.from_hf_config(CONFIG | {"num_experts": 32})
     with pytest.raises(ConfigError, match="num_experts: engine 16, trainer 32"):
         one.require_same(other, "engine", "trainer")
+
+
+def test_a_dense_model_is_a_control_without_routing():
+    spec = ModelSpec.from_hf_config(CONFIG | {"model_type": "qwen3"})
+    assert (spec.moe_layers, spec.num_experts, spec.top_k, spec.routing_bytes(10)) == ((), 0, 0, 0)
+    with pytest.raises(ConfigError, match=r"model m is dense.*routing\.capture=false replay\.mode=none"):
+        spec.require_routers("m")
+    ModelSpec.from_hf_config(CONFIG).require_routers("m")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def encode(array: np.ndarray) -> str:
 
 
 def decode(payload: str | bytes | None, tokens: np.ndarray = TOKENS, model: ModelSpec = MODEL) -> RoutingTrace:
-    return decode_sglang(payload, tokens, model, request=7, weight_version=3, engine="sglang 0.5.23")
+    return decode_sglang(payload, tokens, model, request=7, weight_version=3, engine="sglang 0.5.23").routing
 
 
 def test_rows_arrive_as_they_were_sent_without_the_dense_layers() -> None:

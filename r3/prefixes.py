@@ -1,0 +1,72 @@
+"""Prompt rows that the samples of a group share are stored once in a batch; numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from r3.routing import ExpertIds
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Where the rows of each record lie in the blocks of its batch.
+
+    `offsets` int64 `[n + 1]`: the rows stored for each trajectory. `shared` int64 `[n, 2]`: first row and number of the
+    rows of an earlier record that come before those, `(0, 0)` without any.
+    """
+
+    offsets: NDArray[np.int64]
+    shared: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, records: Sequence[ExpertIds | None], groups: Sequence[int], prompt_lens: Sequence[int]) -> StoredRows:
+        """Find of each record `[rows, layers, k]` the prompt rows that equal those of its group's first record.
+
+        Equal to the last id: samples whose prompt was computed apart may differ in a near-tie, and then keep their own
+        from that row on. A record is therefore what it was, whatever is shared.
+        """
+        firsts: dict[int, int] = {}
+        offsets = np.zeros(len(records) + 1, dtype=np.int64)
+        shared = np.zeros((len(records), 2), dtype=np.int64)
+        for i, (experts, group) in enumerate(zip(records, groups, strict=True)):
+            count = 0
+            if experts is not None:
+                first = firsts.setdefault(group, i)
+                leader = records[first]
+                if leader is not None and first != i:
+                    count = _common(experts, leader, min(prompt_lens[i], prompt_lens[first]))
+                if count:
+                    shared[i] = offsets[first], count
+            offsets[i + 1] = offsets[i] + (0 if experts is None else len(experts) - count)
+        return cls(offsets, shared)
+
+    def count(self, i: int) -> int:
+        """Return how many rows the record of trajectory `i` has."""
+        return int(self.offsets[i + 1] - self.offsets[i] + self.shared[i, 1])
+
+    @property
+    def rows(self) -> int:
+        """How many rows the records have together, shared ones counted in each."""
+        return int(self.offsets[-1] + self.shared[:, 1].sum())
+
+    def take(self, i: int, experts: ExpertIds) -> ExpertIds:
+        """Return the rows of trajectory `i` from a block `[stored rows, layers, k]`; a view where it shares none."""
+        own = experts[int(self.offsets[i]) : int(self.offsets[i + 1])]
+        begin, count = (int(value) for value in self.shared[i])
+        if not count:
+            return own
+        rows = np.concatenate([experts[begin : begin + count], own])
+        rows.flags.writeable = False
+        return rows
+
+
+def _common(rows: ExpertIds, others: ExpertIds, most: int) -> int:
+    """Return how many of the first `most` rows are alike, order of the slots included."""
+    most = min(most, len(rows), len(others))
+    if np.array_equal(rows[:most], others[:most]):
+        return most
+    return int(np.argmin((rows[:most] == others[:most]).all(axis=(1, 2))))

@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Measure what the always-on metrics take of a training step: counterfactual passes off, everything else on.
+
+    python scripts/bench/metrics_overhead.py
+    python scripts/bench/metrics_overhead.py --tokens 8192 --repeats 30
+
+*Routers*: counting disagreement and used ids and the audit's overlaps, inside every router call. *Mismatch*: the sums
+over tokens. *Loads*: expert histograms. *Reduce*: joining the counters. *Driver*: alarms, early loads, the step's line
+in `metrics.jsonl`. One process; each part is timed inside the same steps that it is compared with, so that the share
+depends little on the machine's load. The step is that of the trainer alone, without generation: a larger step only
+makes the share smaller. Medians over the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from r3 import metrics
+from r3.run import RunDirectory
+from r3.trainer import worker as worker_module
+from r3.trainer.replay import _Visit
+from r3.trainer.tally import Tally
+from r3.trainer.worker import TrainerWorker
+from r3.types import ModelSpec
+from r3.watch import Watch
+from scripts.bench.replay_time import LENGTH, SIZES, make_batch
+from tests.megatron.toys import joined_worker, make_advantages, make_config, write_model
+
+PARTS = ("routers", "mismatch", "loads", "reduce", "driver")
+
+
+class Stopwatch:
+    """Seconds of each part of the step that is running."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `call` with its time added to `part`."""
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*arguments, **options)
+            finally:
+                self.seconds[part] += time.perf_counter() - begin
+
+        return measured
+
+
+def instrument(watch: Stopwatch) -> None:
+    """Time every function that only measures."""
+    for owner, name, part in (
+        (_Visit, "account", "routers"),
+        (Tally, "finish_microbatch", "routers"),
+        (Tally, "counts", "reduce"),
+        (worker_module, "counts_over_ranks", "reduce"),
+        (metrics, "mismatch", "mismatch"),
+        (metrics, "disagreement", "mismatch"),
+        (metrics, "replay_health", "mismatch"),
+        (TrainerWorker, "_expert_loads", "loads"),
+        (TrainerWorker, "_overlaps", "loads"),
+        (TrainerWorker, "_alarms", "loads"),
+    ):
+        setattr(owner, name, watch.timed(part, getattr(owner, name)))
+
+
+def measured(directory: Path, tokens: int, size: int, repeats: int) -> np.ndarray[Any, Any]:
+    """Return `[repeats, parts + 1]` milliseconds; the last column is the whole step."""
+    spec = ModelSpec.from_directory(directory)
+    config = make_config(trainer={"micro_batch_size": size}, metrics={"on_alarm": "warn", "alarm_k3": 1e9})
+    batch = make_batch(spec, tokens, True)
+    run = RunDirectory.create(directory.parent / "run", config)
+    alarms, stopwatch, rows = Watch(config, spec, run, lambda step, alarm: None), Stopwatch(), []
+    instrument(stopwatch)
+
+    def driver(result: Any) -> None:
+        report = dict(result.metrics) | alarms.measure(result)
+        alarms.check(report, result)
+        run.log_metrics({"step": result.step, **report})
+
+    finish = stopwatch.timed("driver", driver)
+    with joined_worker(config, directory, updates=10 * repeats) as worker:
+        for step in range(1, repeats + 3):
+            stopwatch.seconds.update(dict.fromkeys(PARTS, 0.0))
+            begin = time.perf_counter()
+            finish(worker.step(step, make_advantages(batch), False, batch))
+            rows.append([*stopwatch.seconds.values(), time.perf_counter() - begin])
+    return 1e3 * np.array(rows[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192, help=f"tokens of a step, a multiple of {LENGTH}")
+    parser.add_argument("--micro-batch-size", type=int, default=64, help="trajectories of a microbatch")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        directory = write_model(Path(place) / "model", **SIZES)
+        rows = measured(directory, options.tokens, options.micro_batch_size, options.repeats)
+    *parts, whole = np.median(rows, axis=0)
+    share = np.median(rows[:, :-1].sum(1) / rows[:, -1])
+    print("| tokens | step ms | " + " ms | ".join(PARTS) + " ms | share |\n|" + "---|" * (len(PARTS) + 3))
+    print(f"| {options.tokens} | {whole:.0f} | " + " | ".join(f"{part:.2f}" for part in parts) + f" | {share:.2%} |")
+
+
+if __name__ == "__main__":
+    main()
