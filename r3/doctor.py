@@ -263,11 +263,9 @@ class _Parts:
                 )
             batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]).core)
             rows = batch.stored.rows
-            proof = f"provenance {spec.provenance}" + (f" ({spec.unstamped})" if spec.unstamped else "")
-            way = "through shared memory" if spec.shared_memory else f"with the answers ({spec.unshared})"
             return (
-                f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; {proof}; "
-                f"rows come {way}"
+                f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; "
+                f"{spec.describe_rows()}"
             )
 
 

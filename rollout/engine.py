@@ -65,6 +65,14 @@ class EngineSpec:
     shared_memory: bool = False
     unshared: str = "the engine sends its rows with its answers"
 
+    def describe_rows(self) -> str:
+        """Return in words who wrote the rows and how they come back."""
+        if not self.capture:
+            return "no routing is captured"
+        proof = f"provenance {self.provenance}" + (f" ({self.unstamped})" if self.unstamped else "")
+        way = "through shared memory" if self.shared_memory else f"with the answers ({self.unshared})"
+        return f"{proof}; rows come {way}"
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -9,8 +9,8 @@ that view it are gone), or when it was never read and the reader gave up everyth
 of a call that failed, aborted requests. A writer that finds no room is told so (`allocate` returns None) and sends the
 rows another way. Records are taken back in the order in which they were made.
 
-Layout, int64 words: file header of 64 bytes `[magic, issued, abandoned]`; then records, each a header of 64 bytes
-`[ticket, state, data bytes, trailer bytes, data bytes reserved]`, the data and the trailer. Only the writer sets
+Layout, int64 words: file header of 64 bytes `[magic, issued, abandoned, prefaulted]`; then records, each a header of 64
+bytes `[ticket, state, data bytes, trailer bytes, data bytes reserved]`, the data and the trailer. Only the writer sets
 `pending`, `ready` and `failed`, only the reader `taken` and `released`.
 """
 
@@ -34,7 +34,7 @@ from r3.errors import RoutingError
 
 MAGIC = 0x5233524F57530001
 _ALIGN = 64
-_MAGIC, _ISSUED, _ABANDONED = range(3)
+_MAGIC, _ISSUED, _ABANDONED, _PREFAULTED = range(4)
 _TICKET, _STATE, _DATA, _TRAILER, _RESERVED = range(5)
 _PENDING, _READY, _FAILED, _TAKEN, _RELEASED = range(1, 6)
 _POLL_S = (0.00005, 0.001)
@@ -97,6 +97,7 @@ class Owner:
             os.close(self._descriptor)
             raise
         self._mapped.set_word(0, _MAGIC, MAGIC)
+        self._mapped.set_word(0, _PREFAULTED, prefault)
 
     @property
     def path(self) -> str:
@@ -213,8 +214,12 @@ class Writer:
         return len(self._mapped.bytes)
 
     def touch(self) -> None:
-        """Write a byte of every page that no record uses yet, so that filling a record meets no page fault."""
-        self._mapped.bytes[mmap.PAGESIZE :: mmap.PAGESIZE] = 0
+        """Write a byte of every page of a segment whose memory is there, so that filling a record meets no page fault.
+
+        One whose memory is taken as it is used stays as small as the records that are in it at once.
+        """
+        if self._mapped.word(0, _PREFAULTED):
+            self._mapped.bytes[mmap.PAGESIZE :: mmap.PAGESIZE] = 0
 
     def allocate(self, data: int, trailer: int = 0) -> Slot | None:
         """Return a place for `data` bytes and at least `trailer` behind them; None while the segment has no room."""

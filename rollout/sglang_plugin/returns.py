@@ -65,7 +65,7 @@ class Returns:
     """Gathers rows of finished requests in the order in which they finished; used from the scheduler's one thread."""
 
     def __init__(self, store: RowStore, path: str) -> None:
-        """Map the segment at `path` and take its memory; raise `RoutingError` or `OSError`."""
+        """Map the segment at `path`; raise `RoutingError` or `OSError`."""
         self._store = store
         self._writer = Writer(path)
         self._writer.touch()

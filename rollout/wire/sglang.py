@@ -65,7 +65,7 @@ def read_rows(
     begin: int,
     start: int,
 ) -> Decoded:
-    """Check rows `[rows, num_hidden_layers, top_k]` of positions from `begin` on that came without a wire.
+    """Check rows `[rows, num_hidden_layers, top_k]` of positions from `begin` on that came through shared memory.
 
     Rows that need no cut are not copied. Raises `RoutingError` as `decode_sglang` does.
     """
@@ -79,8 +79,9 @@ def read_rows(
     check_range(wide, model, range(model.num_layers), request)
     moe = drop_dense(wide, model, request)
     return record(
-        moe, tokens, model, begin=begin, start=start, request=request, weight_version=weight_version, engine=engine
-    )
+        moe, tokens, model,
+        begin=begin, start=start, request=request, weight_version=weight_version, engine=engine, shared=True,
+    )  # fmt: skip
 
 
 def _shaped(

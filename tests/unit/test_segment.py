@@ -150,6 +150,17 @@ def test_a_segment_has_one_writer() -> None:
         Writer(owner.path)
 
 
+def test_memory_is_taken_as_it_is_used_and_used_again() -> None:
+    owner = Owner(256 << 20)
+    writer = Writer(owner.path)
+    writer.touch()
+    for _ in range(200):
+        put(writer, 1, 100_000)
+        owner.abandon()
+    held = 512 * os.stat(owner.path).st_blocks
+    assert held < 1 << 20, f"{held} bytes are held by a segment with one record of 100 kB at a time"
+
+
 def shared_kib() -> int:
     return next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "Shmem:" in line)
 
