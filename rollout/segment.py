@@ -17,6 +17,7 @@ bytes `[ticket, state, data bytes, trailer bytes, data bytes reserved]`, the dat
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import threading
@@ -37,7 +38,7 @@ _ALIGN = 64
 _MAGIC, _ISSUED, _ABANDONED, _PREFAULTED = range(4)
 _TICKET, _STATE, _DATA, _TRAILER, _RESERVED = range(5)
 _PENDING, _READY, _FAILED, _TAKEN, _RELEASED = range(1, 6)
-_POLL_S = (0.00005, 0.001)
+_POLL_S = (0.00005, 0.00025)
 _REASON = 256  # bytes behind any record that can say why there is none
 
 _LOCK = threading.Lock()
@@ -65,16 +66,18 @@ class Taken:
 class _Mapped:
     """The file mapped into this process, and its words."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.memory = mmap.mmap(descriptor, 0)
+    def __init__(self, descriptor: int, *, populate: bool = False) -> None:
+        # Populated, reading a record for the first time meets no page fault.
+        self.memory = mmap.mmap(descriptor, 0, mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0))
         self.bytes: Bytes = np.frombuffer(self.memory, np.uint8)
         self.words: NDArray[np.int64] = self.bytes.view(np.int64)
+        self._ints = memoryview(self.memory).cast("q")  # reading one number takes a quarter of what numpy takes
 
     def word(self, offset: int, index: int) -> int:
-        return int(self.words[offset // 8 + index])
+        return self._ints[offset // 8 + index]
 
     def set_word(self, offset: int, index: int, value: int) -> None:
-        self.words[offset // 8 + index] = value
+        self._ints[offset // 8 + index] = value
 
 
 class Owner:
@@ -92,7 +95,7 @@ class Owner:
             os.ftruncate(self._descriptor, _aligned(size))
             if prefault:
                 os.posix_fallocate(self._descriptor, 0, _aligned(size))
-            self._mapped = _Mapped(self._descriptor)
+            self._mapped = _Mapped(self._descriptor, populate=prefault)
         except OSError:
             os.close(self._descriptor)
             raise
@@ -116,7 +119,7 @@ class Owner:
         after `timeout_s`.
         """
         mapped = self._mapped
-        self._wait(ticket, timeout_s)
+        self.wait(ticket, timeout_s)
         begin = ticket.offset + _ALIGN
         size, reserved = mapped.word(ticket.offset, _DATA), mapped.word(ticket.offset, _RESERVED)
         trailer = bytes(mapped.bytes[begin + reserved :][: mapped.word(ticket.offset, _TRAILER)])
@@ -141,7 +144,8 @@ class Owner:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _wait(self, ticket: Ticket, timeout_s: float) -> None:
+    def wait(self, ticket: Ticket, timeout_s: float) -> None:
+        """Return once a record can be taken; raise `RoutingError` as `take` does."""
         deadline = time.monotonic() + timeout_s
         pause, longest = _POLL_S
         while True:
@@ -288,6 +292,6 @@ def footprint(data: int, trailer: int = 0) -> int:
 def as_rows(taken: Taken, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     """View a record's data; raise `RoutingError` where its size does not fit."""
     kind = np.dtype(dtype)
-    if len(taken.data) != int(np.prod(shape)) * kind.itemsize:
+    if len(taken.data) != math.prod(shape) * kind.itemsize:
         raise RoutingError(f"a record of {len(taken.data)} bytes cannot be {shape} of {kind}")
     return taken.data.view(kind).reshape(shape)

@@ -16,11 +16,12 @@ TICKET_KEY = "r3_routing"
 def ticket_of(meta: Mapping[str, Any]) -> tuple[Ticket, int, int] | None:
     """Return the ticket of an answer, the position of its first row and its rows; None where rows came with it."""
     values = meta.get(TICKET_KEY)
-    found = [value for value in values if value is not None] if isinstance(values, list) else values
-    if not found:
+    # The last one: it is read for every answer, and there is one per token.
+    found = next((v for v in reversed(values) if v is not None), None) if isinstance(values, list) else values
+    if found is None:
         return None
     try:
-        number, offset, begin, rows = (int(part) for part in found[-1])
+        number, offset, begin, rows = (int(part) for part in found)
     except (TypeError, ValueError) as error:
         raise RoutingError(f"{TICKET_KEY} is {str(found)[:80]!r}, no ticket of a record ({error})") from error
     return Ticket(number, offset), begin, rows

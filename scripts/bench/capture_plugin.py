@@ -38,14 +38,17 @@ class Ways(product.Hooks):
         self.ways_returns: Any = None
 
     def make_host_cache(self, original: Callable[..., Any], cache: Any, *args: Any, **kw: Any) -> Any:
-        """Make both kinds of rows."""
+        """Make both kinds of rows; SGLang's own on every rank, ours where answers are sent."""
         original(cache, *args, **kw)
         self.cache = cache
-        self.ours = self._store = RowStore(cache.num_tokens, cache.num_layers, cache.topk_size, self._num_experts or 0)
+        self._is_mute = not product._answers()
+        slots = 0 if self._is_mute else cache.num_tokens
+        self.ours = RowStore(slots, cache.num_layers, cache.topk_size, self._num_experts or 0)
+        self._store = None if self._is_mute else self.ours
 
     def on_forward_end(self, original: Callable[..., Any], capturer: Any, *args: Any, **kw: Any) -> Any:
         """Leave the pass to SGLang, to the plugin, or to both."""
-        if self.way == "stock":
+        if self.way == "stock" or (self._is_mute and self.way in _TEES):
             return original(capturer, *args, **kw)
         if self.way == "ours":
             pending = super().on_forward_end(original, capturer, *args, **kw)
@@ -94,7 +97,7 @@ class Ways(product.Hooks):
 
     def get_topk(self, original: Callable[..., Any], capturer: Any, *args: Any, **kw: Any) -> Any:
         """Gather in the way of the moment; a tee gathers both."""
-        if self.way == "stock":
+        if self.way == "stock" or self._is_mute:
             return original(capturer, *args, **kw)
         if self.way == "ours":
             return super().get_topk(original, capturer, *args, **kw)
@@ -135,6 +138,8 @@ class Ways(product.Hooks):
         if not self.runners:
             self.capturer = get_global_experts_capturer()
             self.runners[True] = runner.decode_cuda_graph_runner
+            if self.runners[True] is None:
+                self.runners[False] = None  # a CPU has no graphs to capture again
         if way == "off" and False not in self.runners:
             self._capture_without(runner)
         set_global_experts_capturer(None if way == "off" else self.capturer)
@@ -167,7 +172,11 @@ class Ways(product.Hooks):
             delattr(self.cache, product._STORE)
 
     def facts(self, path: str) -> None:
-        """Write what was seen since the last call, and sizes of buffers, to a file: control calls return nothing."""
+        """Write what was seen since the last call, and sizes of buffers, to a file: control calls return nothing.
+
+        `pinned`: bytes of pinned memory in use at most, without SGLang's int32 rows, which are there in every way of
+        this engine.
+        """
         assert self.ours is not None
         passes, self.passes = self.passes, []
         buffer = self.cache.buffer
@@ -177,8 +186,32 @@ class Ways(product.Hooks):
             "stock_bytes": int(buffer.numel() * buffer.element_size()),
             "stock_pinned": bool(buffer.is_pinned()) if _has_cuda() else False,
             "our_bytes": int(self.ours.rows.nbytes),
+            "pinned": _pinned_beside(buffer) if _has_cuda() else None,
         }
-        Path(path).write_text(json.dumps(found))
+        Path(f"{path}.{_rank()}").write_text(json.dumps(found))
+
+
+def _rank() -> int:
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_rank)
+
+
+def _pinned_beside(buffer: Any) -> int | None:
+    """Return the peak since the last call; None from a torch that does not count."""
+    import torch
+
+    count = getattr(torch.cuda, "host_memory_stats", None)
+    if count is None:
+        return None
+    found = count()
+    key = next((key for key in ("active_bytes.peak", "allocated_bytes.peak") if key in found), None)
+    torch.cuda.reset_peak_host_memory_stats()
+    if key is None:
+        return None
+    size = int(buffer.numel() * buffer.element_size()) if buffer.is_pinned() else 0
+    rounded = 1 << (size - 1).bit_length() if size else 0  # as torch's allocator of pinned memory rounds
+    return max(0, int(found[key]) - rounded)
 
 
 def _has_cuda() -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 
-def tee(bench: Any, requests: dict[str, Any], group: int) -> dict[str, int]:
+def tee(bench: Any, requests: dict[str, Any], group: int, pause_s: float) -> dict[str, int]:
     """Answer requests once in an engine that feeds both paths; return what was compared, and what differed.
 
     Groups of `group` requests share a prompt, and half of the prompts are in the radix cache before. While they run,
-    all of them are retracted twice, and one in 128 is aborted.
+    all of them are retracted twice, after `pause_s` and twice as much later, and one in 128 is aborted.
     """
     from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 
@@ -27,7 +27,7 @@ def tee(bench: Any, requests: dict[str, Any], group: int) -> dict[str, int]:
         answer = asyncio.ensure_future(
             engine.async_generate(**requests, rid=rids, return_routed_experts=True, return_logprob=True)
         )
-        for pause in (2.0, 4.0):
+        for pause in (pause_s, 2 * pause_s):
             await asyncio.wait([answer], timeout=pause)
             await manager.pause_generation(PauseGenerationReqInput(mode="retract"))
             await manager.continue_generation(ContinueGenerationReqInput())
