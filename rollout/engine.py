@@ -169,14 +169,18 @@ class Engine(Protocol):
 def open_engine(config: Config, model_dir: str | Path, index: int) -> Engine:
     """Start the engine that `rollout.engine` names, and check what it can do against what the run asks of it.
 
-    Raises `ConfigError` for an unknown engine, `EngineError` for one that lacks what is needed.
+    Raises `ConfigError` for an unknown engine and for one without the shared memory that the config requires,
+    `EngineError` for one that lacks what is needed.
     """
     from r3.rollout.handshake import require
 
     engine = _make_engine(config, model_dir, index)
     try:
-        require(engine.spec(), capture=config.routing.capture)
-    except EngineError:
+        spec = engine.spec()
+        require(spec, capture=config.routing.capture)
+        if config.routing.shared_memory == "require" and not spec.shared_memory:
+            raise ConfigError(f"routing.shared_memory is require, but {spec.engine}: {spec.unshared}")
+    except (ConfigError, EngineError):
         engine.close()
         raise
     return engine

@@ -308,3 +308,12 @@ def test_rows_that_went_to_another_process_are_named(start: Start, wire: SglangW
     assert "left its rows in shared memory of another process" in str(answer.defect)
     with pytest.raises(EngineError, match="left its rows in shared memory of another process"):
         start(wire)
+
+
+def test_shared_memory_of_another_process_cannot_be_required(start: Start, wire: SglangWire) -> None:
+    with pytest.raises(ConfigError, match=r"shared_memory is require, but sglang 0.5.23: the engine sends its rows"):
+        start(wire, tree={"routing": {"shared_memory": "require"}})
+    engine, _ = start(wire)
+    spec = engine.spec()
+    assert not spec.shared_memory
+    assert spec.describe_rows().endswith("rows come with the answers (the engine sends its rows with its answers)")
