@@ -207,6 +207,10 @@ class RoutingConfig(Section):
     """Stamp each row with the forward pass that wrote it: where the SGLang plugin runs, always, or never."""
     on_stale: Literal["fail", "drop_sample", "native_rows"] = "fail"
     """Rows known not to be those behind their log-probs: stop, drop the sample, or leave these rows to the trainer."""
+    shared_memory: Literal["auto", "require", "off"] = "auto"
+    """Take rows through shared memory: where the SGLang plugin runs in this process's engine, always, or never."""
+    shared_mib: int = Field(256, ge=1)
+    """Shared memory of an engine in MiB; rows that find no room come back as SGLang sends them."""
     block_layers: int = Field(8, ge=1)
     """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""
     save_every: int = Field(0, ge=0)

@@ -263,8 +263,10 @@ class _Parts:
                 )
             batch = ray.get(pool.canary([task.heldout_prompt(i) for i in range(4)]).core)
             rows = batch.stored.rows
-            proof = f"provenance {spec.provenance}" + (f" ({spec.unstamped})" if spec.unstamped else "")
-            return f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; {proof}"
+            return (
+                f"{spec.engine} started, capture on: {rows} rows, the same from a cold and a warm cache; "
+                f"{spec.describe_rows()}"
+            )
 
 
 def _own_packages() -> str:

@@ -174,6 +174,9 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> 
                 # Here too, before anything is closed: `ray job stop` kills the driver seconds after SIGTERM.
                 _outcome(run),
             ):
+                engines = pool.describe_engines()
+                run.log_event("engines", found=engines)
+                print(*engines, sep="\n", flush=True)
                 train(config, task, Actors(pool, trainers), run, tracker, checkpoint)
         code = 0
     finally:

@@ -51,6 +51,7 @@ class EngineSpec:
 
     `recorded`: what its records hold, None from an engine that does not say. `updates`: how it takes new weights.
     `provenance`: `exact` when it stamps rows with their forward passes, else `unknown`, and why in `unstamped`.
+    `shared_memory`: rows come back through shared memory; else with the answers, and why in `unshared`.
     """
 
     model: ModelSpec
@@ -61,6 +62,16 @@ class EngineSpec:
     updates: UpdateKind = "tensors"
     provenance: Provenance = "unknown"
     unstamped: str = "the engine says nothing of who wrote its routing rows"
+    shared_memory: bool = False
+    unshared: str = "the engine sends its rows with its answers"
+
+    def describe_rows(self) -> str:
+        """Return in words who wrote the rows and how they come back."""
+        if not self.capture:
+            return "no routing is captured"
+        proof = f"provenance {self.provenance}" + (f" ({self.unstamped})" if self.unstamped else "")
+        way = "through shared memory" if self.shared_memory else f"with the answers ({self.unshared})"
+        return f"{proof}; rows come {way}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +169,18 @@ class Engine(Protocol):
 def open_engine(config: Config, model_dir: str | Path, index: int) -> Engine:
     """Start the engine that `rollout.engine` names, and check what it can do against what the run asks of it.
 
-    Raises `ConfigError` for an unknown engine, `EngineError` for one that lacks what is needed.
+    Raises `ConfigError` for an unknown engine and for one without the shared memory that the config requires,
+    `EngineError` for one that lacks what is needed.
     """
     from r3.rollout.handshake import require
 
     engine = _make_engine(config, model_dir, index)
     try:
-        require(engine.spec(), capture=config.routing.capture)
-    except EngineError:
+        spec = engine.spec()
+        require(spec, capture=config.routing.capture)
+        if config.routing.shared_memory == "require" and not spec.shared_memory:
+            raise ConfigError(f"routing.shared_memory is require, but {spec.engine}: {spec.unshared}")
+    except (ConfigError, EngineError):
         engine.close()
         raise
     return engine

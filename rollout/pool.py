@@ -7,6 +7,7 @@ trainer ranks map them.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -164,6 +165,11 @@ class RolloutPool:
         """Describe the engine, the same in every worker."""
         return self._specs[0]
 
+    def describe_engines(self) -> list[str]:
+        """Return one line per kind of worker: how many, their engine, who wrote their rows and how these come back."""
+        kinds = Counter(f"{spec.engine}, {spec.describe_rows()}" for spec in self._specs)
+        return [f"{count} x {kind}" for kind, count in kinds.items()]
+
     def generate(self, prompts: Sequence[Prompt], step: int) -> Rollout:
         """Answer every prompt `grpo.group_size` times; prompt i is group i, workers take contiguous shares.
 
@@ -189,6 +195,10 @@ class RolloutPool:
         if stale:
             first = next(report.first_stale for report in reports if report.first_stale)
             self._on_event("stale_rows", step=step, count=stale, first=first)
+        unshared = sum(report.unshared_records for report in reports)
+        if unshared:
+            size = self._config.routing.shared_mib
+            self._on_event("rows_not_shared", step=step, count=unshared, fix=f"raise routing.shared_mib (now {size})")
         if not any(report.facts for report in reports):
             raise EngineError(f"step {step}: none of {len(dropped)} samples is usable; first: {dropped[0].reason}")
         return Rollout(

@@ -12,6 +12,7 @@ may share, when it ran before the first sampled token's and under the same weigh
 from __future__ import annotations
 
 import binascii
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,15 +75,33 @@ def pack(rows: Forwards, tokens: Forwards, weights: Sequence[Weights]) -> dict[s
     Passes ascend by one along a generation, so differences between neighbours compress to almost nothing. Only the
     weights that the stamps refer to are sent.
     """
-    used = np.concatenate([rows, tokens])
-    firsts = np.array([entry.first for entry in weights], dtype=np.int64)
-    wanted = np.unique(np.searchsorted(firsts, used[used > 0], side="right") - 1)
     return {
         "format": FORMAT,
         "rows": _to_text(rows),
         "tokens": _to_text(tokens),
-        "weights": [list(weights[int(i)]) for i in wanted if i >= 0],
+        "weights": _referred(rows, tokens, weights),
     }
+
+
+def to_bytes(rows: Forwards, tokens: Forwards, weights: Sequence[Weights]) -> bytes:
+    """Return the stamps as they lie beside rows in shared memory: int32 `[rows]`, int32 `[tokens]`, weights as JSON."""
+    return rows.tobytes() + tokens.tobytes() + json.dumps(_referred(rows, tokens, weights)).encode()
+
+
+def from_bytes(data: bytes, rows: int, tokens: int) -> Stamps | None:
+    """Return the stamps of `to_bytes` for `rows` rows and `tokens` sampled tokens; None when there are none.
+
+    Raises `RoutingError` for stamps that are malformed or belong to another answer.
+    """
+    if not data:
+        return None
+    size = 4 * (rows + tokens)
+    try:
+        forwards = np.frombuffer(data[:size], np.int32)
+        weights = json.loads(data[size:])
+    except ValueError as error:
+        raise RoutingError(f"the stamps of {rows} rows and {tokens} tokens cannot be read ({error})") from error
+    return Stamps(forwards[:rows], forwards[rows:], _weights(weights))
 
 
 def unpack(meta: Mapping[str, Any], rows: int, tokens: int) -> Stamps | None:
@@ -122,14 +141,16 @@ def stamped(
 
 
 def with_provenance(
-    trace: RoutingTrace, meta: Mapping[str, Any], *, num_tokens: int, prompt_len: int, begin: int = 0
+    trace: RoutingTrace, meta: Mapping[str, Any] | bytes, *, num_tokens: int, prompt_len: int, begin: int = 0
 ) -> tuple[RoutingTrace, tuple[StaleRows, ...]]:
     """Return the record of an answer of `num_tokens` tokens as its stamps in `meta` say, and its stale rows.
 
-    `begin` is the position of the first row. Without stamps the record stays as it is, `unknown`. Raises
+    `meta`: the answer's `meta_info`, or the bytes that lay beside its rows. `begin` is the position of the first row.
+    Without stamps the record stays as it is, `unknown`. Raises
     `RoutingError` for stamps that are malformed or name no versions.
     """
-    stamps = unpack(meta, trace.rows, num_tokens - prompt_len)
+    read = from_bytes if isinstance(meta, bytes) else unpack
+    stamps = read(meta, trace.rows, num_tokens - prompt_len)  # type: ignore[arg-type]  # one reader for each kind
     return (trace, ()) if stamps is None else stamped(trace, stamps, prompt_len, begin)
 
 
@@ -255,6 +276,16 @@ def _runs(values: NDArray[Any]) -> list[tuple[int, int]]:
     cuts = np.flatnonzero(changed.any(axis=1) if changed.ndim > 1 else changed) + 1
     edges = [0, *cuts.tolist(), len(values)]
     return list(pairwise(edges))
+
+
+def _referred(rows: Forwards, tokens: Forwards, weights: Sequence[Weights]) -> list[list[Any]]:
+    """Return the weights that stamps refer to."""
+    if len(weights) == 1:
+        return [list(weights[0])]
+    used = np.concatenate([rows, tokens])
+    firsts = np.array([entry.first for entry in weights], dtype=np.int64)
+    wanted = np.unique(np.searchsorted(firsts, used[used > 0], side="right") - 1)
+    return [list(weights[int(i)]) for i in wanted if i >= 0]
 
 
 def _to_text(forwards: Forwards) -> str:

@@ -34,6 +34,7 @@ class RolloutReport:
     hands answers out as they finish, else behind generation; `score_seconds`: rewards; `pack_seconds`: packing. Token
     counts include dropped ones.
     `stale_rows`: of all samples, whatever `routing.on_stale` made of them; `first_stale` describes a sample's.
+    `unshared_records`: of an engine that returns rows through shared memory, those that found no room there.
     """
 
     facts: tuple[SampleFacts, ...]
@@ -51,6 +52,7 @@ class RolloutReport:
     weight_version: WeightVersion
     stale_rows: int = 0
     first_stale: str = ""
+    unshared_records: int = 0
 
 
 @dataclass(frozen=True, slots=True)

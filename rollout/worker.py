@@ -116,8 +116,14 @@ class RolloutWorker:
             routing_rows=batch.stored.rows,
             stale_rows=sum(count(answer.stale) for answer in made.found),
             first_stale=next((describe(answer.stale) for answer in made.found if answer.stale), ""),
+            unshared_records=self._unshared(made.found),
             weight_version=made.found[0].weight_version if made.found else 0,
         ), batch
+
+    def _unshared(self, found: Sequence[Generation]) -> int:
+        """Count records that came with their answers although there is shared memory for them."""
+        wires = [answer.wire for answer in found if answer.wire is not None] if self._spec.shared_memory else []
+        return sum(not wire.shared for wire in wires)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> EvalReport:
         """Answer every prompt greedily, without routing, and return the rewards in order."""

@@ -14,6 +14,7 @@ import numpy as np
 from r3.config import Config
 from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling
+from r3.rollout.wire import Wire
 from r3.routing import RoutingTrace
 from r3.types import ModelSpec, Prompt, WeightSource, WeightVersion
 
@@ -25,7 +26,8 @@ class FakeEngine:
     so that only one worker dies once) or with `die_index` (that worker dies every time); `hang_in`; `refuse_start`;
     `bad_every` (every n-th record is malformed); `missing_every` (no record came back); `abort_every`;
     `constant_layer`; `stale_cache`; `stale_mix` (only in batches that mix
-    cached and new prompts); `capture_off` (the engine runs without capture, whatever the config says).
+    cached and new prompts); `unshared_every` (it has shared memory, into which every n-th record did not fit);
+    `capture_off` (the engine runs without capture, whatever the config says).
     """
 
     def __init__(self, config: Config, model_dir: str | Path, index: int) -> None:
@@ -40,7 +42,8 @@ class FakeEngine:
         self._fault("start")
 
     def spec(self) -> EngineSpec:
-        return EngineSpec(self._model, "fake 1", self._capture and "capture_off" not in self._faults, "float32")
+        captures, shares = self._capture and "capture_off" not in self._faults, "unshared_every" in self._faults
+        return EngineSpec(self._model, "fake 1", captures, "float32", unstamped="made up", shared_memory=shares)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
         self._fault("evaluate" if sampling.greedy and not capture else "generate")
@@ -71,6 +74,8 @@ class FakeEngine:
             weight_version=self._version,
             cached_tokens=len(request.tokens) - 1 if self._calls > 1 else 0,
         )
+        if "unshared_every" in self._faults:
+            answer = replace(answer, wire=Wire("uint8", 0, not self._is_every("unshared_every", number)))
         if capture and self._is_every("missing_every", number):
             return replace(answer, routing=None)
         if capture and self._is_every("bad_every", number):

@@ -54,7 +54,7 @@ class Scheduler:
             for _ in range(passes):
                 batch = SimpleNamespace(out_cache_loc=Slots(*slots))
                 pending = self.hooks.on_forward_end(
-                    lambda capturer, forward_batch: Pending(forward_batch.out_cache_loc) if self.overlap else None,
+                    lambda capturer, batch, *a, **k: Pending(batch.out_cache_loc) if self.overlap else None,
                     self.capturer, forward_batch=batch,
                 )  # fmt: skip
             return SimpleNamespace(pending=pending)

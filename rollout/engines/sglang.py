@@ -15,7 +15,8 @@ from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
-from r3.rollout.sglang_plugin.client import switch
+from r3.rollout.segment import Owner
+from r3.rollout.sglang_plugin.client import open_returns, switch
 from r3.routing import Provenance
 from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
 
@@ -46,6 +47,7 @@ class SglangEngine:
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise EngineError(f"{self._name} did not start: {error}") from error
         self._provenance, self._unstamped = self._switch_stamps()
+        self._segment, self._unshared = self._open_segment(on_gpu)
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
@@ -54,6 +56,7 @@ class SglangEngine:
         return EngineSpec(
             model, self._name, config.routing.capture, config.rollout.dtype, recorded,
             provenance=self._provenance, unstamped=self._unstamped,
+            shared_memory=self._segment is not None, unshared=self._unshared,
         )  # fmt: skip
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
@@ -76,11 +79,15 @@ class SglangEngine:
         # SGLang takes one start for a batch (0.5.23, `GenerateReqInput`), so what some requests do not want is cut.
         start = min(request.routing_start for request in requests)
         options = {"routed_experts_start_len": start} if start else {}
-        outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
-        if len(outputs) != len(requests):
-            raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
-        pairs = zip(requests, outputs, strict=True)
-        return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
+        try:
+            outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
+            if len(outputs) != len(requests):
+                raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
+            pairs = zip(requests, outputs, strict=True)
+            return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
+        finally:
+            if self._segment is not None:
+                self._segment.abandon()  # what nobody read has no other owner
 
     def load_weights(self, source: WeightSource, version: WeightVersion) -> None:
         """Replace all weights from flattened buckets, or from a checkpoint directory, then flush the prefix cache.
@@ -117,6 +124,8 @@ class SglangEngine:
     def close(self) -> None:
         """Stop SGLang's processes."""
         self._engine.shutdown()
+        if self._segment is not None:
+            self._segment.close()
 
     def _warm_cache(self, prompts: Sequence[list[int]]) -> None:
         """Compute prompts that repeat (a group's samples share theirs) once, instead of once per sample.
@@ -144,7 +153,19 @@ class SglangEngine:
         return read_answer(
             index, request, output, self._model,
             version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
+            segment=self._segment,
         )  # fmt: skip
+
+    def _open_segment(self, on_gpu: bool) -> tuple[Owner | None, str]:
+        routing = self._config.routing
+        if not routing.capture:
+            return None, "routing.capture is off"
+        try:
+            # On a CPU the memory is taken when it is first used: a page fault there is nothing beside a pass.
+            return open_returns(self._engine, routing.shared_memory, routing.shared_mib << 20, prefault=on_gpu)
+        except ConfigError:
+            self._engine.shutdown()
+            raise
 
     def _switch_stamps(self) -> tuple[Provenance, str]:
         if not self._config.routing.capture:
@@ -152,7 +173,7 @@ class SglangEngine:
         try:
             return switch(self._engine, self._config.routing.provenance)
         except ConfigError:
-            self.close()
+            self._engine.shutdown()
             raise
 
     @contextmanager

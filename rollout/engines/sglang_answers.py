@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ from numpy.typing import NDArray
 
 from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import Generation, Request, Sampling
+from r3.rollout.engines.sglang_returned import read_returned
 from r3.rollout.provenance import StaleRows, cut, with_provenance
-from r3.rollout.wire import Wire, decode_sglang
+from r3.rollout.segment import Owner
+from r3.rollout.sglang_plugin.tickets import ticket_of
+from r3.rollout.wire import Decoded, Wire, decode_sglang
 from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightVersion
 
@@ -56,11 +60,13 @@ def read_answer(
     capture: bool,
     start: int,
     provenance: Provenance | None,
+    segment: Owner | None = None,
 ) -> Generation:
     """Check one answer of SGLang and turn it into ours; SGLang was asked for rows from `start` on.
 
     `version`: the weights that the engine was given last; `provenance`: what it said of its rows, None where that is
-    not known yet. A record that cannot be used is `Generation.defect`. Raises `EngineError` for tokens, log-probs,
+    not known yet; `segment`: the shared memory through which rows may come, None where they come with the answer.
+    A record that cannot be used is `Generation.defect`. Raises `EngineError` for tokens, log-probs,
     finish reason or weight version that are not what they must be.
     """
     meta = output["meta_info"]
@@ -73,22 +79,21 @@ def read_answer(
     stale: tuple[StaleRows, ...] = ()
     defect: RoutingError | None = None
     begin = time.perf_counter()
-    if capture and finish == "abort" and len(response) and meta.get("routed_experts") is None:
-        # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
-        # `_handle_abort_req`): the KV is gone.
-        defect = RoutingError(
-            f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released and "
-            "with it every routing row"
-        )
-    elif capture and not (finish == "abort" and not len(response)):
+    if capture and (len(response) or finish != "abort"):
         try:
-            decoded = decode_sglang(
-                meta.get("routed_experts"), tokens, model,
-                request=index, weight_version=version, engine=engine, start=start,
-            )  # fmt: skip
+            if finish == "abort" and not _has_rows(meta):
+                # SGLang answers for a request in its queue without rows, also for one that was retracted (0.5.23,
+                # `_handle_abort_req`): the KV is gone.
+                raise RoutingError(
+                    f"request {index}: aborted in the queue with {len(response)} tokens sampled; its KV was released "
+                    "and with it every routing row"
+                )
+            decoded, stamps = _decoded(
+                meta, segment, tokens, model, request=index, weight_version=version, engine=engine, start=start
+            )
             wire = decoded.wire
             routing, stale = _proven(
-                index, decoded.routing, meta, tokens, request, start=start, engine=engine, expected=provenance
+                index, decoded.routing, stamps, tokens, request, start=start, engine=engine, expected=provenance
             )
         except RoutingError as error:
             defect = error
@@ -104,6 +109,39 @@ def read_answer(
         wire=wire,
         stale=stale,
         decode_s=time.perf_counter() - begin,
+    )
+
+
+def _has_rows(meta: Mapping[str, Any]) -> bool:
+    return meta.get("routed_experts") is not None or ticket_of(meta) is not None
+
+
+def _decoded(
+    meta: Mapping[str, Any],
+    segment: Owner | None,
+    tokens: TokenIds,
+    model: ModelSpec,
+    *,
+    request: int,
+    weight_version: WeightVersion,
+    engine: str,
+    start: int,
+) -> tuple[Decoded, Mapping[str, Any] | bytes]:
+    """Return the record of one answer, however it came back, and what holds its stamps."""
+    ticket = ticket_of(meta)
+    if ticket is None:
+        sent = decode_sglang(
+            meta.get("routed_experts"), tokens, model,
+            request=request, weight_version=weight_version, engine=engine, start=start,
+        )  # fmt: skip
+        return sent, meta
+    if segment is None:
+        raise RoutingError(
+            f"request {request}: {engine} left its rows in shared memory of another process, whose segment this one "
+            "does not hold; let that process stop, or give it routing.shared_memory=off"
+        )
+    return read_returned(
+        segment, ticket, tokens, model, request=request, weight_version=weight_version, engine=engine, start=start
     )
 
 
@@ -144,7 +182,7 @@ def _checked_version(index: int, meta: dict[str, Any], loaded: WeightVersion, en
 def _proven(
     index: int,
     decoded: RoutingTrace,
-    meta: dict[str, Any],
+    meta: Mapping[str, Any] | bytes,
     tokens: TokenIds,
     request: Request,
     *,

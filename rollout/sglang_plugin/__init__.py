@@ -1,4 +1,4 @@
-"""A plugin for SGLang that stamps each routing row with the forward pass that wrote it.
+"""A plugin for SGLang that stamps each routing row with the forward pass that wrote it, and returns rows cheaply.
 
 SGLang keeps one routing row per KV slot in host memory and hands out, when a request finishes, whatever was last
 written at its slots. Between a token's log-prob and the end of its request a row may have been written again
@@ -20,4 +20,7 @@ result, not through a variable that the next pass would overwrite.
 Why it does not half-work: `plugin.register` looks at every name and parameter that it relies on and hooks all or
 nothing; a layout in which rows reach slots by other ways than a forward pass (restored or received KV), or in which a
 step is not one pass (speculation), stamps nothing; a row that no hooked pass wrote has stamp 0 and is reported as such.
+
+Rows are kept compact (`rows`) and, for a client that asked for it (`client.open_returns`), handed over in shared memory
+(`returns`, `r3.rollout.segment`). Everybody else gets what SGLang sends.
 """

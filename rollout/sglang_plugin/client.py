@@ -1,4 +1,4 @@
-"""The engine process's side of the plugin: is it there, does it stamp, switch it on or off."""
+"""The engine process's side of the plugin: is it there, does it stamp, how do rows come back; switch it on or off."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from r3.errors import ConfigError
+from r3.rollout.segment import Owner
 from r3.routing import Provenance
 
 NAME = "r3_provenance"
+RETURNS = "r3_returns"
 GROUP = "sglang.srt.plugins"
 Wanted = Literal["auto", "require", "off"]
 
@@ -33,6 +35,30 @@ def switch(engine: Any, wanted: Wanted) -> tuple[Provenance, str]:
     if wanted == "require":
         raise ConfigError(f"routing.provenance is require, but {reason}")
     return "unknown", reason
+
+
+def open_returns(engine: Any, wanted: Wanted, size: int, *, prefault: bool) -> tuple[Owner | None, str]:
+    """Let an in-process SGLang engine return rows through a new segment of `size` bytes.
+
+    Returns None and the reason where it goes on to send them as SGLang does. Raises `ConfigError` when
+    `routing.shared_memory` is `require` and that is so.
+    """
+    owner: Owner | None = None
+    reason = "routing.shared_memory is off" if wanted == "off" else absent()
+    if reason is None:
+        try:
+            owner = Owner(size, prefault=prefault)
+            engine.collective_rpc(RETURNS, path=owner.path)
+            return owner, ""
+        except OSError as error:
+            reason = f"no shared memory of {size >> 20} MiB (routing.shared_mib): {error}"
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            reason = f"the plugin {NAME} does not return rows through shared memory: {error}"
+    if owner is not None:
+        owner.close()
+    if wanted == "require":
+        raise ConfigError(f"routing.shared_memory is require, but {reason}")
+    return None, reason
 
 
 def absent() -> str | None:

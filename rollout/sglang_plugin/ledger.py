@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from r3.rollout.provenance import Weights, pack
+from r3.rollout.provenance import Weights, pack, to_bytes
 
 LAST = 2**31 - 1
 
@@ -64,3 +64,7 @@ class Ledger:
     def statement(self, rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> dict[str, Any]:
         """Return what an answer carries: the passes of its rows and of its sampled tokens, and their weights."""
         return pack(rows, tokens, self.weights)
+
+    def statement_bytes(self, slots: NDArray[np.integer[Any]], tokens: NDArray[np.int32]) -> bytes:
+        """Return the same for the rows of `slots` as they are now, in the form that lies beside rows in memory."""
+        return to_bytes(self.stamps_of(slots), tokens, self.weights)

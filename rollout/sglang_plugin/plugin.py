@@ -22,6 +22,7 @@ _SCHEDULER = f"{_MANAGERS}.scheduler.Scheduler"
 _RESULTS = f"{_MANAGERS}.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _UPDATER = f"{_MANAGERS}.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _CAPTURE = "sglang.srt.state_capturer.base"
+_EXPERTS = "sglang.srt.state_capturer.routed_experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,13 @@ class Point:
 
 POINTS: tuple[Point, ...] = (
     Point(f"{_SCHEDULER}.run_batch", "run_batch", ("self", "batch")),
+    Point(f"{_SCHEDULER}.on_idle", "on_pause", ("self",)),
+    Point(f"{_SCHEDULER}.pause_generation", "on_pause", ("self", "recv_req")),
+    Point(f"{_EXPERTS}.RoutedExpertsCapturer.__init__", "make_capturer", ("self", "model_config")),
+    Point(f"{_CAPTURE}.BaseHostCache.__init__", "make_host_cache",
+          ("self", "num_tokens", "num_layers", "topk_size", "name")),
+    # 0.5.17 frees its buffer with the process.
+    Point(f"{_CAPTURE}.BaseHostCache.destroy", "drop_host_cache", ("self",), optional=True),
     Point(f"{_CAPTURE}.BaseTopkCapturer.on_forward_end", "on_forward_end",
           ("self", "forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu")),
     Point(f"{_CAPTURE}.TopkCaptureOutput.finalize", "finalize", ("self",)),
@@ -56,6 +64,7 @@ _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     f"{_CAPTURE}.BaseTopkCapturer": ("host_cache",),
     _SCHEDULER: ("server_args",),
 }
+_CALLED = (f"{_CAPTURE}.TopkCaptureOutput.map_device_tensors", f"{_CAPTURE}.BaseHostCache._log_allocation")
 _OPEN = (f"{_CAPTURE}.TopkCaptureOutput", f"{_MANAGERS}.utils.GenerationBatchResult", f"{_MANAGERS}.schedule_batch.Req")
 
 
@@ -79,6 +88,7 @@ def register() -> None:
         _hook(hooks)
     # `Engine.collective_rpc` calls methods of the scheduler by name.
     scheduler.Scheduler.r3_provenance = lambda self, enabled: hooks.switch(self, enabled)
+    scheduler.Scheduler.r3_returns = lambda self, path: hooks.switch_returns(self, path)
 
 
 def unfit(version: str, points: Sequence[Point] = POINTS) -> str | None:
@@ -95,6 +105,9 @@ def unfit(version: str, points: Sequence[Point] = POINTS) -> str | None:
         lacking = set(attributes) - set(pkgutil.resolve_name(name).__init__.__code__.co_names)
         if lacking:
             return f"SGLang {version}: {name} sets no {', '.join(sorted(lacking))}"
+    gone = [name for name in _CALLED if _misfit(Point(name, "", ("self",))) is not None]
+    if gone:
+        return f"SGLang {version}: {', '.join(gone)} does not exist"
     closed = [name for name in _OPEN if not pkgutil.resolve_name(name).__dictoffset__]
     if closed:
         return f"SGLang {version}: {', '.join(closed)} takes no attribute of ours"
@@ -113,7 +126,7 @@ def _misfit(point: Point) -> str | None:
 def _inheritance_fault(version: str) -> str | None:
     """The capturer of experts must use the base class's methods, or a hook of those would never run."""
     base = pkgutil.resolve_name(f"{_CAPTURE}.BaseTopkCapturer")
-    routed: Any = pkgutil.resolve_name("sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer")
+    routed: Any = pkgutil.resolve_name(f"{_EXPERTS}.RoutedExpertsCapturer")
     own = [name for name in ("on_forward_end", "get_topk") if getattr(routed, name) is not getattr(base, name)]
     return f"SGLang {version}: RoutedExpertsCapturer has its own {', '.join(own)}" if own else None
 

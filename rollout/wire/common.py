@@ -21,11 +21,13 @@ WideIds = NDArray[np.integer[Any]]
 class Wire(NamedTuple):
     """How a record came over the wire: numpy dtype name of its ids, and the token position of its first row.
 
-    `begin` is 0 for a server that ignored `Request.routing_start`, whatever was asked.
+    `begin` is 0 for a server that ignored `Request.routing_start`, whatever was asked. `shared`: it came through shared
+    memory.
     """
 
     dtype: str
     begin: int
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ def record(
     request: int | str,
     weight_version: WeightVersion,
     engine: str,
+    shared: bool = False,
 ) -> Decoded:
     """Freeze rows `[rows, moe_layers, k]` of positions from `begin` on, and cut those before `start`.
 
@@ -126,4 +129,4 @@ def record(
         raise RoutingError(f"request {request}: {error}") from error
     if begin < start:
         trace = trace.clip(start, len(tokens), tokens)
-    return Decoded(trace, Wire(moe.dtype.name, begin))
+    return Decoded(trace, Wire(moe.dtype.name, begin, shared))

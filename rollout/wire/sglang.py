@@ -54,6 +54,36 @@ def decode_sglang(
     )
 
 
+def read_rows(
+    wide: WideIds,
+    tokens: TokenIds,
+    model: ModelSpec,
+    *,
+    request: int | str,
+    weight_version: WeightVersion,
+    engine: str,
+    begin: int,
+    start: int,
+) -> Decoded:
+    """Check rows `[rows, num_hidden_layers, top_k]` of positions from `begin` on that came through shared memory.
+
+    Rows that need no cut are not copied. Raises `RoutingError` as `decode_sglang` does.
+    """
+    check_start(start, len(tokens), request)
+    last = max(len(tokens) - 1, 0)
+    if begin not in (0, start) or len(wide) != last - begin:
+        raise RoutingError(
+            f"request {request}: {len(wide)} rows from position {begin} came back; {len(tokens)} tokens need "
+            f"{last - start} from {start}"
+        )
+    check_range(wide, model, range(model.num_layers), request)
+    moe = drop_dense(wide, model, request)
+    return record(
+        moe, tokens, model,
+        begin=begin, start=start, request=request, weight_version=weight_version, engine=engine, shared=True,
+    )  # fmt: skip
+
+
 def _shaped(
     raw: bytes, num_tokens: int, model: ModelSpec, request: int | str, start: int, dtype: str | None
 ) -> tuple[WideIds, int]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from r3.run import read_rows
+from tests import plugin_entry
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,8 @@ def train(directory: Path, *overrides: str, cwd: Path = ROOT) -> subprocess.Comp
     """Run the shipped config for three steps."""
     command = [sys.executable, "-m", "r3.train", "--config", "grpo_qwen3moe.yaml", "run.steps=3"]
     command.append(f"run.dir={directory}")
-    environment = {**os.environ, "WANDB_MODE": "offline"}
+    paths = os.pathsep.join(filter(None, [plugin_entry.folder(), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": paths}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
         [*command, *overrides], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -105,6 +107,10 @@ def test_the_run_directory_is_complete(replayed: tuple[Path, str], warm_model: P
     directory, output = replayed
     assert json.loads((directory / "status.json").read_text())["state"] == "done"
     events = {row["event"]: row for row in read_rows(directory / "events.jsonl")}
+    (engines,) = events["engines"]["found"]
+    assert re.fullmatch(r"\d x sglang 0\.5\.\d+, provenance exact; rows come through shared memory", engines)
+    assert f"\n{engines}\n" in output
+    assert "rows_not_shared" not in events
     assert events["canary"]["router/coverage"] == 1
     assert events["rollout_canary"]["equal_rows"] > 0.9
     assert (directory / "config.resolved.yaml").is_file()

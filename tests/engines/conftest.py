@@ -1,4 +1,4 @@
-"""The engine that the contract and provenance tests share: stamping, prefills in chunks, KV small enough to retract."""
+"""The engine that the contract and provenance tests share: the plugin, prefills in chunks, KV that must retract."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def stamping(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -
         # Admits far more than fits, so that running requests are retracted.
         "schedule_conservativeness": 0.01,
     }
-    config = engine_config(routing={"provenance": "require"}, max_total_tokens=SLOTS, engine_args=arguments)
+    routing = {"provenance": "require", "shared_memory": "require", "shared_mib": 1}
+    config = engine_config(routing=routing, max_total_tokens=SLOTS, engine_args=arguments)
     actor = ray.remote(StampingHost).options(num_cpus=1).remote(config, str(model_a), 0)
 
     def call(method: str, *arguments: Any, **options: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 
 from r3.rollout.engine import Generation, Request, Sampling
 from r3.rollout.engines.sglang import SglangEngine
+from r3.rollout.sglang_plugin.client import RETURNS, open_returns
 
 NEW_TOKENS = 24
 
@@ -151,3 +152,32 @@ def aborted(adapter: SglangEngine, prompt: np.ndarray, model: Path, version: int
 
     output, before = _run(adapter, prompt, interfere)
     return _answer(adapter, prompt, output, before, version).answer
+
+
+def three_ways(
+    adapter: SglangEngine, requests: list[Request], sampling: Sampling
+) -> tuple[list[Generation], list[Generation], list[Generation]]:
+    """Answer requests with rows through shared memory, with a segment too small for any, and as SGLang sends them."""
+    found = []
+    for size in (1 << 20, 64, 0):
+        if adapter._segment is not None:
+            adapter._segment.close()
+        adapter._engine.collective_rpc(RETURNS, path="")
+        adapter._segment = open_returns(adapter._engine, "require", size, prefault=False)[0] if size else None
+        adapter.flush_cache()
+        found.append(adapter.generate(requests, sampling, capture=True))
+    adapter._segment, _ = open_returns(adapter._engine, "require", 1 << 20, prefault=False)
+    first, second, third = found
+    return first, second, third
+
+
+def is_view(adapter: SglangEngine, request: Request) -> bool:
+    """Do the rows of an answer lie in shared memory?"""
+    assert adapter._segment is not None
+    sampling = Sampling(1.0, 4, ignore_eos=True)
+    (answer,) = adapter.generate([request], sampling, capture=True)
+    assert answer.routing is not None
+    segment = adapter._segment._mapped.bytes
+    begin = segment.__array_interface__["data"][0]
+    inside = begin <= answer.routing.experts.__array_interface__["data"][0] < begin + len(segment)
+    return inside

@@ -46,6 +46,27 @@ def sampled_under(model: Path, answer: Generation) -> int:
 def test_the_engine_says_that_it_stamps(stamping: Worker) -> None:
     spec: EngineSpec = stamping("call", "spec")
     assert (spec.provenance, spec.unstamped) == ("exact", "")
+    assert (spec.shared_memory, spec.unshared) == (True, "")
+
+
+def test_rows_are_the_same_through_shared_memory_and_with_the_answers(stamping: Worker, model_a: Path) -> None:
+    stamping("engine", "load_weights", model_a, 2)
+    requests = [Request(prompt(100 + i)[: 3 + i]) for i in range(12)]
+    shared, narrow, stock = stamping("play", scenarios.three_ways, requests, Sampling(1.0, 8, greedy=True))
+
+    assert [{answer.wire.dtype for answer in way} for way in (shared, narrow, stock)] == [
+        {"uint8"},
+        {"uint8"},
+        {"int32"},
+    ]
+    for one, two, three in zip(shared, narrow, stock, strict=True):
+        assert np.array_equal(one.tokens, three.tokens)
+        assert np.array_equal(one.routing.experts, two.routing.experts)
+        assert np.array_equal(one.routing.experts, three.routing.experts)
+        assert one.routing.spans == two.routing.spans == three.routing.spans
+        assert one.routing.crc32 == three.routing.crc32
+        assert one.stale == three.stale == ()
+    assert stamping("play", scenarios.is_view, requests[0]), "the rows were copied before they were packed"
 
 
 def test_clean_answers_are_exact_and_nothing_is_stale(stamping: Worker, model_a: Path) -> None:

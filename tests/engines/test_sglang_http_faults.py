@@ -176,7 +176,7 @@ def test_later_rows_alone_whatever_the_server_makes_of_it(start: Start, wire: Sg
     engine, (server,) = start(wire)
     (answer,) = engine.generate([Request(REQUEST.tokens, 2)], SAMPLING, capture=True)
     assert engine.spec().recorded.honours_start is honours
-    assert answer.wire == ("int32", 2 if honours else 0)
+    assert answer.wire == ("int32", 2 if honours else 0, False)
     assert [tuple(span) for span in answer.routing.spans] == [(2, 6, 0)]
     assert server.bodies("/generate")[-1]["routed_experts_start_len"] == 2
 
@@ -294,3 +294,26 @@ def test_weights_travel_as_a_checkpoint_that_is_gone_afterwards(
     shared.rmdir()
     with pytest.raises(EngineError, match=r"exchange_dir=.* is no directory"):
         engine.load_weights(WEIGHTS, 4)
+
+
+def test_rows_that_went_to_another_process_are_named(start: Start, wire: SglangWire) -> None:
+    def leave_a_ticket(answer: Body, body: Body) -> None:
+        if answer["meta_info"].pop("routed_experts", None) is not None:
+            answer["meta_info"]["r3_routing"] = [None] * (len(answer["output_ids"]) - 1) + [[1, 64, 0, 6]]
+
+    engine, _ = start(wire)
+    wire.change = leave_a_ticket
+    (answer,) = engine.generate([REQUEST], SAMPLING, capture=True)
+    assert answer.routing is None
+    assert "left its rows in shared memory of another process" in str(answer.defect)
+    with pytest.raises(EngineError, match="left its rows in shared memory of another process"):
+        start(wire)
+
+
+def test_shared_memory_of_another_process_cannot_be_required(start: Start, wire: SglangWire) -> None:
+    with pytest.raises(ConfigError, match=r"shared_memory is require, but sglang 0.5.23: the engine sends its rows"):
+        start(wire, tree={"routing": {"shared_memory": "require"}})
+    engine, _ = start(wire)
+    spec = engine.spec()
+    assert not spec.shared_memory
+    assert spec.describe_rows().endswith("rows come with the answers (the engine sends its rows with its answers)")

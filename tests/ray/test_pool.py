@@ -122,6 +122,14 @@ def test_samples_trained_natively_are_reported_beside_dropped_ones(make_config: 
     assert sum(record is None for record in records) == 6
 
 
+def test_records_that_found_no_room_in_shared_memory_are_an_event(make_config: MakeConfig, model_dir: Path) -> None:
+    events = Events()
+    with RolloutPool(make_config({"unshared_every": 6}, workers=2), model_dir, events) as pool:
+        assert pool.describe_engines() == ["2 x fake 1, provenance unknown (made up); rows come through shared memory"]
+        pool.generate(PROMPTS, 9)
+    assert events == [("rows_not_shared", {"step": 9, "count": 4, "fix": "raise routing.shared_mib (now 256)"})]
+
+
 def test_a_step_without_a_usable_sample_stops_the_run(make_config: MakeConfig, model_dir: Path) -> None:
     with (
         RolloutPool(make_config({"abort_every": 1}), model_dir) as pool,

@@ -197,6 +197,19 @@ def test_stamps_survive_json(rows: list[int], tokens: list[int]) -> None:
         assert [w for w in found.weights if w.first <= one][-1].label == ("2" if one >= 2**20 else "1")
 
 
+def test_stamps_beside_rows_in_memory_say_the_same() -> None:
+    rows, tokens = np.array([3, 3, 0, 9], np.int32), np.array([5, 9], np.int32)
+    weights = [Weights(1, "0", 0), Weights(4, "1", 1), Weights(8, "2", 2)]
+    data = provenance.to_bytes(rows, tokens, weights)
+    found = provenance.from_bytes(data, 4, 2)
+    assert found is not None
+    assert (found.rows.tolist(), found.tokens.tolist(), found.weights) == ([3, 3, 0, 9], [5, 9], tuple(weights))
+    assert provenance.from_bytes(b"", 4, 2) is None
+    for rows_, tokens_, cut in ((5, 2, None), (4, 3, None), (4, 2, 10), (4, 2, -1)):
+        with pytest.raises(RoutingError, match="stamps"):
+            provenance.from_bytes(data[:cut], rows_, tokens_)
+
+
 def test_a_long_generation_takes_next_to_nothing_on_the_wire() -> None:
     tokens = np.arange(2000, 2000 + 32_000, dtype=np.int32)
     rows = np.concatenate([np.full(767, 1999, np.int32), tokens])

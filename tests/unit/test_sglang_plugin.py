@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,3 +168,26 @@ def test_what_the_records_will_say(registered: None, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="not registered; install this package"):
         client.switch(engine, "require")
     assert len(engine.calls) == 3, "an engine without the plugin is not asked"
+
+
+def test_returns_are_opened_refused_or_left_off(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, refusing = Engine(), Engine("pp_size=2: rows of a KV slot ...")
+    owner, reason = client.open_returns(engine, "auto", 1 << 16, prefault=True)
+    assert owner is not None
+    assert (owner.size, reason) == (1 << 16, "")
+    assert engine.calls == [("r3_returns", {"path": owner.path})]
+    assert client.open_returns(engine, "off", 1 << 16, prefault=False) == (None, "routing.shared_memory is off")
+    assert client.open_returns(refusing, "auto", 1 << 16, prefault=False) == (
+        None, "the plugin r3_provenance does not return rows through shared memory: pp_size=2: rows of a KV slot ...",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"routing.shared_memory is require, but .*pp_size=2"):
+        client.open_returns(refusing, "require", 1 << 16, prefault=False)
+
+    def full(*arguments: Any) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ConfigError, match=r"no shared memory of 2 MiB \(routing.shared_mib\): no memory"):
+        client.open_returns(engine, "require", 2 << 20, prefault=True)
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert "leaves the plugin r3_provenance out" in client.open_returns(engine, "auto", 64, prefault=False)[1]
