@@ -17,7 +17,7 @@ from r3.errors import ConfigError, EngineError
 from r3.rollout.pool import RolloutPool, WorkerDied
 from r3.trainer.group import TrainerGroup
 from r3.trainer.port import Pending
-from r3.weights import BroadcastGroup, SentWeights, Transport, WeightPart, choose
+from r3.weights import BroadcastGroup, SentWeights, Transport, WeightPart, choose, everywhere
 
 OnEvent = Callable[..., None]
 
@@ -85,7 +85,7 @@ class WeightSync:
         takes = spec.transports
         ways: tuple[Transport, ...]
         if wanted == "auto" and takes == ("object_store",):
-            ways = takes * config.rollout.workers
+            ways = everywhere("object_store", config.rollout.workers)
             reason = f"{spec.engine} takes weights in no other way"
         else:
             ways, reason = choose(wanted, self._outlet.site(), self._pool.sites())

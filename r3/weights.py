@@ -89,10 +89,10 @@ def choose(wanted: Wanted, trainer: Site, engines: Sequence[Site]) -> tuple[tupl
     shares = [trainer.shares_device(engine) for engine in engines]
     mixed = [worker for worker, engine in enumerate(engines) if bool(engine.gpus) != bool(trainer.gpus)]
     if wanted == "object_store":
-        return _everywhere(wanted, engines), "weights.transport asks for it"
+        return everywhere(wanted, len(engines)), "weights.transport asks for it"
     if wanted == "auto":
         if not trainer.gpus or mixed:
-            return _everywhere("object_store", engines), "the trainer or an engine has no GPU"
+            return everywhere("object_store", len(engines)), "the trainer or an engine has no GPU"
         ways: list[Transport] = ["ipc" if shared else "broadcast" for shared in shares]
         return (
             tuple(ways),
@@ -113,8 +113,9 @@ def choose(wanted: Wanted, trainer: Site, engines: Sequence[Site]) -> tuple[tupl
             f"weights.transport=broadcast, but rollout worker {shares.index(True)} shares GPU {trainer.gpus[0]} with "
             "trainer rank 0, and NCCL takes a GPU once; use auto or ipc"
         )
-    return _everywhere(wanted, engines), "weights.transport asks for it"
+    return everywhere(wanted, len(engines)), "weights.transport asks for it"
 
 
-def _everywhere(way: Transport, engines: Sequence[Site]) -> tuple[Transport, ...]:
-    return (way,) * len(engines)
+def everywhere(way: Transport, engines: int) -> tuple[Transport, ...]:
+    """Return the same way for every engine."""
+    return (way,) * engines

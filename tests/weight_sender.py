@@ -45,6 +45,8 @@ class Sender:
     def export(self) -> tuple[tuple[int, int], WeightBuckets]:
         dtype = getattr(torch, self._config.rollout.dtype)
         made = weight_buckets(self._tensors(), dtype, self._config.weights.bucket_mib * 2**20, self._version)
+        if self._corrupt is not None:
+            made.buckets[self._corrupt].data[1000] ^= 1
         return (self._version, made.nbytes), made
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from r3.config import Config
+from r3.errors import EngineError
 from r3.rollout.engine import Request, Sampling
 from r3.sync import WeightSync
 from tests.real_engine import engine_config
@@ -73,3 +74,37 @@ def test_every_way_gives_the_answers_of_the_object_store(
     assert made["ipc"] == made["broadcast"] == made["auto"] == made["object_store"]
     assert [facts["transports"] for _, facts in events] == [["object_store"], ["ipc"], ["broadcast"], ["object_store"]]
     assert {kind for kind, _ in events} == {"weights_transport"}, "verified: no event says otherwise"
+
+
+@pytest.mark.parametrize("way", ["object_store", "ipc", "broadcast"])
+def test_a_byte_that_changes_on_the_way_is_found_and_the_engine_stops_answering(
+    stamping: Worker, senders: Senders, model_a: Path, model_b: Path, way: str
+) -> None:
+    import ray
+
+    senders.take(model_b, 31, corrupt=2)
+    with WeightSync(weights_config(transport=way), OneWorker(stamping), senders, lambda *_, **__: None) as sync:
+        with pytest.raises(ray.exceptions.RayTaskError, match=r"bucket 2 of \d+ of version 31 has checksum") as caught:
+            sync.push()
+        assert isinstance(caught.value.cause, EngineError)
+        with pytest.raises(ray.exceptions.RayTaskError, match="half-loaded weights"):
+            answers(stamping)
+        senders.take(model_b, 32)
+        sync.push()
+        assert {stamp for _, _, stamp in answers(stamping)} == {32}
+
+
+@pytest.mark.slow
+def test_a_stock_engine_says_that_it_does_not_verify(
+    sglang_worker: Worker, senders: Senders, model_a: Path, model_b: Path
+) -> None:
+    events: list[tuple[str, dict[str, Any]]] = []
+    senders.take(model_b, 41, corrupt=2)
+    worker = OneWorker(sglang_worker)
+    with WeightSync(
+        weights_config(transport="ipc"), worker, senders, lambda kind, **facts: events.append((kind, facts))
+    ) as sync:
+        sync.push()
+    assert [kind for kind, _ in events] == ["weights_transport", "weights_unverified"]
+    assert "r3_provenance" in events[1][1]["reason"]
+    sglang_worker("engine", "load_weights", model_a, 42)
