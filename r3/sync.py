@@ -117,6 +117,8 @@ class WeightSync:
         except WorkerDied as death:
             self._on_event("weights_interrupted", worker=death.worker, reason=str(death))
             self._dissolve(lost=(death.worker,))
+            # One that not all have joined is nobody's to leave: behind the trainer, the others' joining fails.
+            self._closing.append(self._outlet.close_group(abort=True))
             self._outlet.abandon()
             raise
 
@@ -154,12 +156,12 @@ class WeightSync:
             return
         self._groups_made += 1
         group = self._outlet.open_group(f"r3-weights-{self._groups_made}", 1 + len(members) * self._ranks)
-        self._group, self._members = group, members
         joining = self._outlet.join_group()
         self._pool.call(
             "join_group", {worker: (group, 1 + place * self._ranks) for place, worker in enumerate(members)}
         )
         joining.wait()
+        self._group, self._members = group, members
 
     def _dissolve(self, lost: Sequence[int]) -> None:
         """Let the trainer leave the group; its other members leave when they are next at hand, except `lost` ones."""

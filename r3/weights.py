@@ -12,6 +12,9 @@ from r3.types import TensorSlot, WeightVersion
 Transport = Literal["object_store", "ipc", "broadcast"]
 Wanted = Literal["auto", "object_store", "ipc", "broadcast"]
 STREAMED: tuple[Transport, ...] = ("ipc", "broadcast")
+# What SGLang sets in its processes (`entrypoints/engine.py`, 0.5.17 and 0.5.23) unless the environment says otherwise.
+# NCCL makes a communicator only of ranks that agree on it, and reads it at a process's first.
+NCCL_ENVIRONMENT = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from r3.trainer.port import OutletPort
 from r3.trainer.use import RoutingUse
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
 from r3.types import ModelSpec, StepResult, WeightBuckets
-from r3.weights import Site
+from r3.weights import NCCL_ENVIRONMENT, Site
 
 if TYPE_CHECKING:
     from r3.trainer.outlet import WeightOutlet
@@ -49,6 +49,9 @@ class TrainerRank:
         elif config.run.deterministic:
             # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        if config.trainer.gpus_per_process and config.weights.transport in ("auto", "broadcast"):
+            for key, value in NCCL_ENVIRONMENT.items():
+                os.environ.setdefault(key, value)
         from r3.trainer.worker import TrainerWorker
 
         self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)

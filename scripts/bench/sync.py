@@ -103,6 +103,9 @@ class RandomTrainer:
     """Stands for trainer rank 0: the product's outlet over random tensors, views of one pool on the device."""
 
     def __init__(self, config: Config, model: str, share: float) -> None:
+        from r3.weights import NCCL_ENVIRONMENT
+
+        os.environ.update({key: value for key, value in NCCL_ENVIRONMENT.items() if key not in os.environ})
         import torch
 
         from r3.trainer.outlet import WeightOutlet

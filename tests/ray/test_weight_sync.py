@@ -52,7 +52,7 @@ def senders(ray_session: None, make_config: MakeConfig) -> Iterator[Senders]:
 
 def streamed(make_config: MakeConfig, way: str, faults: dict[str, Any] | None = None, **rollout: Any) -> Config:
     config = make_config(faults, engine=STREAMED, dtype="float32", **rollout).model_dump()
-    config["weights"] |= {"transport": way, "bucket_mib": 1, "timeout_s": 20}
+    config["weights"] |= {"transport": way, "bucket_mib": 1, "timeout_s": 8}
     return Config.model_validate(config)
 
 
@@ -60,6 +60,7 @@ def versions(pool: RolloutPool) -> set[int]:
     return {fact.weight_version for fact in pool.generate(PROMPTS, 1).facts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ipc", "broadcast"])
 def test_engines_take_the_weights_again_and_again(
     make_config: MakeConfig, model_dir: Path, weights_dir: Path, senders: Senders, way: str
@@ -79,13 +80,20 @@ def test_engines_take_the_weights_again_and_again(
     assert events == [("weights_transport", {"transports": [way] * 2, "reason": "weights.transport asks for it"})]
 
 
-@pytest.mark.parametrize("way", ["ipc", "broadcast"])
-@pytest.mark.parametrize("where", ["join_group", "begin_weights", "load_part", "end_weights"])
+@pytest.mark.parametrize(
+    ("where", "way"),
+    [
+        ("load_part", "broadcast"),
+        pytest.param("load_part", "ipc", marks=pytest.mark.slow),
+        *(
+            pytest.param(where, "broadcast", marks=pytest.mark.slow)
+            for where in ("join_group", "begin_weights", "end_weights")
+        ),
+    ],
+)
 def test_an_engine_that_dies_in_a_push_is_replaced_and_every_engine_gets_the_weights(
     make_config: MakeConfig, model_dir: Path, weights_dir: Path, senders: Senders, tmp_path: Path, where: str, way: str
 ) -> None:
-    if (where, way) == ("join_group", "ipc"):
-        pytest.skip("no group is joined")
     events = Events()
     config = streamed(make_config, way, {"die_in": where, "die_once": str(tmp_path / "died")}, workers=2)
     with (
@@ -100,7 +108,7 @@ def test_an_engine_that_dies_in_a_push_is_replaced_and_every_engine_gets_the_wei
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["ipc", "broadcast"])
+@pytest.mark.parametrize("way", [pytest.param("ipc", marks=pytest.mark.slow), "broadcast"])
 def test_an_engine_that_dies_between_pushes_gets_the_current_weights_alone(
     make_config: MakeConfig, model_dir: Path, weights_dir: Path, senders: Senders, tmp_path: Path, way: str
 ) -> None:
@@ -117,6 +125,7 @@ def test_an_engine_that_dies_between_pushes_gets_the_current_weights_alone(
     assert events.kinds() == ["weights_transport", "rollout_worker_died", "rollout_worker_replaced"]
 
 
+@pytest.mark.slow
 def test_a_replaced_engine_is_not_given_later_weights_than_the_others(
     make_config: MakeConfig, model_dir: Path, weights_dir: Path, senders: Senders, tmp_path: Path
 ) -> None:
