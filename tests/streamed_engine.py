@@ -21,6 +21,18 @@ from r3.weightsum import weight_checksum
 from tests.fake_engine import FakeEngine
 
 
+def joined(group: BroadcastGroup, rank: int) -> Any:
+    """Join a broadcast group as SGLang's `init_custom_process_group` does."""
+    limit = timedelta(seconds=60)
+    store = dist.TCPStore(group.host, group.port, group.world, is_master=False, timeout=limit)
+    made, _ = distributed_c10d._new_process_group_helper(
+        group.world, rank, [], dist.Backend(group.backend), dist.PrefixStore(group.name, store),
+        group_name=group.name, timeout=limit,
+    )  # fmt: skip
+    distributed_c10d._world.pg_group_ranks[made] = {one: one for one in range(group.world)}
+    return made
+
+
 class StreamedFake(FakeEngine):
     """`die_in` may also be `begin_weights`, `load_part`, `end_weights` or `join_group`."""
 
@@ -57,14 +69,7 @@ class StreamedFake(FakeEngine):
 
     def join_group(self, group: BroadcastGroup, offset: int) -> None:
         self._fault("join_group")
-        limit = timedelta(seconds=60)
-        store = dist.TCPStore(group.host, group.port, group.world, is_master=False, timeout=limit)
-        made, _ = distributed_c10d._new_process_group_helper(
-            group.world, offset, [], dist.Backend(group.backend), dist.PrefixStore(group.name, store),
-            group_name=group.name, timeout=limit,
-        )  # fmt: skip
-        distributed_c10d._world.pg_group_ranks[made] = {rank: rank for rank in range(group.world)}
-        self._groups[group.name] = made
+        self._groups[group.name] = joined(group, offset)
 
     def leave_group(self, name: str) -> None:
         dist.destroy_process_group(self._groups.pop(name))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import io
+import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +18,11 @@ torch = pytest.importorskip("torch")
 
 from r3.errors import ConfigError, EngineError  # noqa: E402
 from r3.rollout.engines.sglang_weights import _Handle, _payload  # noqa: E402
+from r3.rollout.gpus import visible_gpus  # noqa: E402
 from r3.rollout.sglang_plugin.weights import difference  # noqa: E402
 from r3.trainer.broadcast import SendGroup  # noqa: E402
 from r3.trainer.stream import Bucket, BucketStream, handle  # noqa: E402
-from r3.weights import Site, choose  # noqa: E402
+from r3.weights import MemoryHandle, Site, choose  # noqa: E402
 from r3.weightsum import weight_checksum  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -121,6 +127,59 @@ def test_another_process_opens_a_bucket_by_its_handle_and_keeps_it() -> None:
         assert reader.stdout.read().decode() == sent
 
 
+class Shown(pickle.Unpickler):
+    """Gives the arguments of torch's function for CUDA handles by their names, instead of calling it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if name != "rebuild_cuda_tensor":
+            return found
+        return lambda *given: inspect.signature(found).bind(*given).arguments
+
+
+def test_a_handle_of_a_gpu_becomes_the_arguments_that_torch_takes_with_the_uuid_for_the_device() -> None:
+    # What `UntypedStorage._share_cuda_` returns behind the device, in its order.
+    facts = (b"memory", 4096, 512, b"counter", 3, b"event", True)
+    payload = _payload(_Handle(MemoryHandle("uuid", facts), 80), [])
+    given = Shown(io.BytesIO(payload)).load()["flattened_tensor"]
+
+    assert list(given).index("storage_device") == 6, "where SGLang looks for a UUID"
+    shown = {key: given[key] for key in given if not isinstance(given[key], type)}
+    assert shown == {
+        "tensor_size": (80,), "tensor_stride": (1,), "tensor_offset": 0, "dtype": torch.uint8,
+        "storage_device": "uuid", "storage_handle": b"memory", "storage_size_bytes": 4096,
+        "storage_offset_bytes": 512, "requires_grad": False, "ref_counter_handle": b"counter",
+        "ref_counter_offset": 3, "event_handle": b"event", "event_sync_required": True,
+    }  # fmt: skip
+
+
+class Driver:
+    """The CUDA driver with two GPUs."""
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = 10 + index
+        return 0
+
+    def cuDeviceGetUuid_v2(self, uuid: Any, device: Any) -> int:
+        uuid._obj[:] = [device.value] * 16
+        return 0
+
+
+def test_gpus_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r3.rollout.gpus.ctypes.CDLL", lambda name: Driver())
+    assert visible_gpus() == ("0a0a0a0a-0a0a-0a0a-0a0a-0a0a0a0a0a0a", "0b0b0b0b-0b0b-0b0b-0b0b-0b0b0b0b0b0b")
+    monkeypatch.setattr(Driver, "cuInit", lambda *_: 100)
+    with pytest.raises(EngineError, match="answers cuInit with error 100"):
+        visible_gpus()
+
+
 def test_the_checksum_sees_every_byte_and_its_place() -> None:
     flat = torch.arange(251, dtype=torch.int32).repeat(9).to(torch.uint8)[:2047]
     found = {int(weight_checksum(flat))}
@@ -196,3 +255,36 @@ def test_the_way_follows_the_device(wanted: str, trainer: Site, engines: Sequenc
 def test_a_way_that_cannot_be_had_is_refused(wanted: str, trainer: Site, engine: Site, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(wanted, trainer, [engine])
+
+
+JOINER = """
+import sys
+import torch
+import torch.distributed as dist
+from tests.streamed_engine import joined
+from r3.weights import BroadcastGroup
+group = joined(BroadcastGroup("r3-test", "127.0.0.1", int(sys.argv[1]), 2, "gloo"), 1)
+for _ in range(int(sys.argv[2])):
+    flat = torch.empty(64, dtype=torch.uint8)
+    dist.broadcast(flat, src=0, group=group)
+    print(int(flat.sum()), flush=True)
+"""
+
+
+def joiner(port: int, buckets: int) -> subprocess.Popen[bytes]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", JOINER, str(port), str(buckets)]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)})
+
+
+def test_a_group_sends_in_order_and_names_a_peer_that_is_gone() -> None:
+    group = SendGroup("r3-test", 2, "127.0.0.1", 60.0, CPU)
+    with joiner(group.facts.port, 2) as engine:
+        group.join()
+        for value in (1, 2):
+            group.send(torch.full((64,), value, dtype=torch.uint8))
+        assert engine.stdout is not None
+        assert engine.stdout.read().split() == [b"64", b"128"]
+    with pytest.raises(EngineError, match="the broadcast of weights failed"):
+        group.send(torch.zeros(64, dtype=torch.uint8))
+    group.close(abort=True)
