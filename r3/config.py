@@ -337,8 +337,14 @@ class GrpoConfig(Section):
 class WeightsConfig(Section):
     """Weight transfer from trainer to engines."""
 
+    transport: Literal["auto", "object_store", "ipc", "broadcast"] = "auto"
+    """Way to the engines: `ipc` where they share trainer rank 0's GPU, else `broadcast`; `auto` chooses."""
+    verify: bool = True
+    """Compare a checksum of every bucket that the trainer sent with one of what each engine rank received."""
+    timeout_s: float = Field(300, gt=0)
+    """Longest wait of a broadcast for its engines, to join and to take one bucket, in seconds."""
     bucket_mib: int = Field(256, ge=1)
-    """Size of one flattened bucket, in MiB."""
+    """Size of one flattened bucket, in MiB; `ipc` and `broadcast` hold two on the trainer's device."""
     flush_timeout_s: float = Field(30, gt=0)
     """How long a refused cache flush is retried, in seconds."""
     exchange_dir: Path | None = None
@@ -426,6 +432,8 @@ class Config(Section):
             "rollout.max_total_tokens is null, which needs rollout.gpus_per_worker > 0 to measure; name the KV slots": (
                 rollout.max_total_tokens is None and not rollout.gpus_per_worker and not rollout.is_http
             ),
+            f"weights.transport={self.weights.transport}, but rollout.engine={rollout.engine} takes weights from a "
+            "directory; use auto or object_store": rollout.is_http and self.weights.transport in ("ipc", "broadcast"),
         } | _url_faults(rollout, self.weights)
         if found := [text for text, applies in faults.items() if applies]:
             raise ValueError("\n".join(found))

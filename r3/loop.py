@@ -28,6 +28,7 @@ from r3.config import Config
 from r3.errors import CheckpointError, DivergenceError
 from r3.rollout.pool import Rollout, RolloutPool
 from r3.run import RunDirectory
+from r3.sync import WeightSync
 from r3.tasks import Task
 from r3.tracking import Tracker
 from r3.trainer.group import TrainerGroup
@@ -38,10 +39,11 @@ from r3.watch import Watch
 
 @dataclass(frozen=True, slots=True)
 class Actors:
-    """The two sides of the bridge."""
+    """The two sides of the bridge, and the way of the weights between them."""
 
     pool: RolloutPool
     trainers: TrainerGroup
+    weights: WeightSync
 
 
 def train(
@@ -80,8 +82,10 @@ def train(
         if saving is not None:
             saving.wait()
         with clock("weights_s"):
-            pool.load_weights(trainers.export())
-        report |= rollout_metrics(rollout) | dict(result.metrics) | watch.measure(result) | clock.metrics(result)
+            moved = actors.weights.push()
+        report |= (
+            moved | rollout_metrics(rollout) | dict(result.metrics) | watch.measure(result) | clock.metrics(result)
+        )
         tracker.log(step, report, result.tokens)
         run.write_status("running", step=step)
         skipped = skipped + 1 if result.metrics["train/skipped_steps"] else 0
@@ -112,7 +116,7 @@ def restore(checkpoint: Checkpoint, actors: Actors) -> tuple[int, int]:
     version = actors.trainers.load_state(checkpoint.path)
     if version != state.weight_version:
         raise CheckpointError(f"{checkpoint.path}: the ranks hold weights {version}, not {state.weight_version}")
-    actors.pool.load_weights(actors.trainers.export())
+    actors.weights.push()
     return state.step, state.skipped
 
 

@@ -157,6 +157,7 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> 
     from r3.cluster import ray_cluster
     from r3.loop import Actors, train
     from r3.rollout.pool import RolloutPool
+    from r3.sync import WeightSync
     from r3.tracking import Tracker
     from r3.trainer.group import TrainerGroup
 
@@ -173,11 +174,12 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> 
                 TrainerGroup(config, model, place=places.trainer) as trainers,
                 # Here too, before anything is closed: `ray job stop` kills the driver seconds after SIGTERM.
                 _outcome(run),
+                WeightSync(config, pool, trainers, run.log_event) as weights,
             ):
                 engines = pool.describe_engines()
                 run.log_event("engines", found=engines)
                 print(*engines, sep="\n", flush=True)
-                train(config, task, Actors(pool, trainers), run, tracker, checkpoint)
+                train(config, task, Actors(pool, trainers, weights), run, tracker, checkpoint)
         code = 0
     finally:
         tracker.close(code)

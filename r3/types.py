@@ -363,10 +363,14 @@ class WeightBucket:
 
 @dataclass(frozen=True, slots=True)
 class WeightBuckets:
-    """A full set of weights under Hugging Face names, cut into buckets; the `WeightSource` of one host."""
+    """A full set of weights under Hugging Face names, cut into buckets; the `WeightSource` of one host.
+
+    `checksums`: `r3.weightsum.weight_checksum` of each bucket, none where they are not to be verified.
+    """
 
     version: WeightVersion
     buckets: tuple[WeightBucket, ...]
+    checksums: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from r3.rollout.provenance import StaleRows
 from r3.rollout.wire.common import Wire
 from r3.routing import Provenance, RoutingTrace, TokenIds
 from r3.types import Finish, ModelSpec, WeightSource, WeightVersion
+from r3.weights import BroadcastGroup, Transport, WeightPart
 
 # Generation-only servers: they answer, but nothing that they offer replaces their weights.
 GENERATION_ONLY = ("lightllm_http", "vllm_http")
@@ -50,6 +51,9 @@ class EngineSpec:
     """What an engine says of itself: model, name with version, is routing capture on, dtype of its weights.
 
     `recorded`: what its records hold, None from an engine that does not say. `updates`: how it takes new weights.
+    `transports`: the ways in which they reach it; other than the object store only an engine that is also a
+    `StreamedEngine`, in each of whose `ranks` tensor-parallel processes they arrive. `unverified`: why it does not
+    compare what arrived with what was sent, empty when it does.
     `provenance`: `exact` when it stamps rows with their forward passes, else `unknown`, and why in `unstamped`.
     `shared_memory`: rows come back through shared memory; else with the answers, and why in `unshared`.
     """
@@ -60,6 +64,9 @@ class EngineSpec:
     dtype: str
     recorded: Recorded | None = None
     updates: UpdateKind = "tensors"
+    transports: tuple[Transport, ...] = ("object_store",)
+    ranks: int = 1
+    unverified: str = "the engine does not compare the weights that arrive with those that were sent"
     provenance: Provenance = "unknown"
     unstamped: str = "the engine says nothing of who wrote its routing rows"
     shared_memory: bool = False
@@ -163,6 +170,34 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine and its processes."""
+        ...
+
+
+@runtime_checkable
+class StreamedEngine(Protocol):
+    """An engine that also takes weights bucket by bucket, from the trainer's memory or from a broadcast group.
+
+    What `Engine.load_weights` promises holds from `end_weights` on. Every method raises `EngineError`.
+    """
+
+    def begin_weights(self, version: WeightVersion) -> None:
+        """Begin an update; one that was left half-way is given up."""
+        ...
+
+    def load_part(self, part: WeightPart) -> None:
+        """Load one bucket; when it returns, no rank reads the bucket's memory any more."""
+        ...
+
+    def end_weights(self, checksums: Sequence[int]) -> None:
+        """End the update; raise `EngineError` where what arrived is known to differ from what the checksums say."""
+        ...
+
+    def join_group(self, group: BroadcastGroup, offset: int) -> None:
+        """Join a broadcast group with every rank, from rank `offset` on."""
+        ...
+
+    def leave_group(self, name: str) -> None:
+        """Leave a broadcast group."""
         ...
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,13 +27,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from r3.config import Config
 from r3.errors import EngineError, R3Error
 from r3.rollout.engine import EngineSpec
+from r3.rollout.gpus import visible_gpus
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
 from r3.rollout.worker import RolloutWorker
 from r3.transport import BatchRef, BlockRef, split
 from r3.types import Prompt, SampleFacts, layer_blocks
+from r3.weights import Site
 
 _DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 _CLOSE_TIMEOUT_S = 30.0
+# How long a worker's death is waited for once another one has met its consequences.
+_SETTLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +104,38 @@ class Actor:
         report, batch = self.call(method, *arguments)
         return report, *split(batch, blocks)
 
+    def site(self) -> Site:
+        """Say where this process stands; a CPU engine sees no GPU."""
+        on_gpu = self._arguments[0].rollout.gpus_per_worker > 0
+        return Site(ray.get_runtime_context().get_node_id(), visible_gpus() if on_gpu else ())
+
     def close(self) -> None:
         """Stop the engine, if one was started."""
         if self._worker is not None:
             self._worker.close()
 
 
+class WorkerDied(EngineError):
+    """A rollout worker died in a call that means nothing to a replacement."""
+
+    def __init__(self, worker: int, cause: BaseException) -> None:
+        super().__init__(f"rollout worker {worker} died: {_first_line(cause)}")
+        self.worker, self.cause = worker, cause
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A call for one worker, kept so that it can be issued again to the worker's replacement.
 
-    `blocks`: of a method that returns a report and a `Batch`, in how many blocks its records are.
+    `blocks`: of a method that returns a report and a `Batch`, in how many blocks its records are. `again`: whether it
+    means anything to a replacement.
     """
 
     worker: int
     method: str
     arguments: tuple[Any, ...]
     blocks: int | None = None
+    again: bool = True
 
 
 class RolloutPool:
@@ -139,7 +158,8 @@ class RolloutPool:
         self._place = place
         self._on_event = on_event
         self._failures = 0
-        self._weights: ObjectRef | None = None
+        # Gives a replaced worker the current weights; whoever brings weights sets it.
+        self.reload: Callable[[int], None] | None = None
         self._actors: list[ActorHandle] = []
         try:
             self._actors = [self._new_actor(index) for index in range(config.rollout.workers)]
@@ -240,9 +260,35 @@ class RolloutPool:
 
     def load_weights(self, weights: ObjectRef) -> float:
         """Load the `WeightBuckets` behind a reference into every engine; return the slowest worker's seconds."""
-        self._weights = weights
+
+        def again(worker: int) -> None:
+            self.call("load_weights", {worker: (weights,)})
+
+        self.reload = again
         jobs = [_Job(worker, "load_weights", (weights,)) for worker in range(len(self._actors))]
         return max(float(seconds) for seconds, _ in self._run(jobs))
+
+    def sites(self) -> list[Site]:
+        """Return where every worker stands."""
+        limit = self._config.rollout.timeout_s
+        try:
+            return ray.get([actor.site.remote() for actor in self._actors], timeout=limit)
+        except GetTimeoutError:
+            raise EngineError(f"a rollout worker did not say within {limit:g} s where it is") from None
+        except RayTaskError as error:
+            _raise_cause(error, 0, "site")
+
+    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call a method of some workers, each with its own arguments, side by side; return what each returns.
+
+        Raises `WorkerDied` for a death, which it leaves to the caller to `replace`.
+        """
+        jobs = [_Job(worker, method, given, again=False) for worker, given in arguments.items()]
+        return {job.worker: value for job, (value, _) in zip(jobs, self._run(jobs), strict=True)}
+
+    def replace(self, death: WorkerDied) -> None:
+        """Replace a worker that died in `call`, without loading weights; raise `EngineError` after too many deaths."""
+        self._replace(death.worker, death.cause, reload=None)
 
     def close(self) -> None:
         """Stop every engine and actor. Safe to call twice; an actor that does not answer is killed."""
@@ -265,7 +311,9 @@ class RolloutPool:
                     break
                 except _DEATHS as error:
                     self._require_own_death(job, error)
-                    self._replace(job.worker, error)
+                    if not job.again:
+                        raise WorkerDied(job.worker, error) from error
+                    self._replace(job.worker, error, self.reload)
                     references, deadline = self._issue(job)
                 except GetTimeoutError:
                     ray.kill(self._actors[job.worker])  # or `close` would wait for the same call
@@ -274,6 +322,8 @@ class RolloutPool:
                         f"{self._config.rollout.timeout_s:g} s (rollout.timeout_s)"
                     ) from None
                 except RayTaskError as error:
+                    if not job.again:
+                        self._require_alive(jobs, issued)
                     _raise_cause(error, job.worker, job.method)
             results.append((value, references[1:]))
         return results
@@ -294,14 +344,26 @@ class RolloutPool:
     def _batch(self, references: Sequence[ObjectRef]) -> BatchRef:
         return BatchRef(references[0], tuple(map(BlockRef, self._blocks(), references[1:])))
 
+    def _require_alive(self, jobs: Sequence[_Job], issued: Sequence[tuple[list[ObjectRef], float]]) -> None:
+        """Raise `WorkerDied` where one is behind what another worker met, such as a peer of its group that is gone."""
+        calls = {references[0]: job for job, (references, _) in zip(jobs, issued, strict=True)}
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_SETTLE_S)
+        for call in done:
+            try:
+                ray.get(call)
+            except _DEATHS as death:
+                raise WorkerDied(calls[call].worker, death) from death
+            except RayTaskError:
+                continue
+
     def _require_own_death(self, job: _Job, error: BaseException) -> None:
         """A call also fails when the maker of one of its arguments has died; that is no worker to replace."""
         died = getattr(error, "actor_id", None)
         if died is not None and died != self._actors[job.worker]._actor_id.hex():
             raise EngineError(f"`{job.method}` got an argument whose maker has died: {_first_line(error)}") from error
 
-    def _replace(self, index: int, error: BaseException) -> None:
-        """Replace a dead worker and give the new one the current weights; raise once too many have died."""
+    def _replace(self, index: int, error: BaseException, reload: Callable[[int], None] | None) -> None:
+        """Replace a dead worker and `reload` the new one's weights; raise once too many have died."""
         begin = time.monotonic()
         self._failures += 1
         reason = _first_line(error)
@@ -316,18 +378,14 @@ class RolloutPool:
         deadline = begin + self._config.rollout.start_timeout_s
         try:
             self._started(index, self._actors[index].start.remote(), deadline)
-            if self._weights is not None:
-                ray.get(
-                    self._issue(_Job(index, "load_weights", (self._weights,)))[0],
-                    timeout=self._config.rollout.timeout_s,
-                )
+            if reload is not None:
+                reload(index)
         except _DEATHS as again:
-            self._replace(index, again)
+            self._replace(index, again, reload)
             return
-        except GetTimeoutError:
-            raise EngineError(f"the replacement of rollout worker {index} did not load the current weights") from None
-        except RayTaskError as failure:
-            _raise_cause(failure, index, "load_weights")
+        except WorkerDied as again:
+            self._replace(index, again.cause, reload)
+            return
         self._on_event("rollout_worker_replaced", worker=index, seconds=time.monotonic() - begin)
 
     def _new_actor(self, index: int) -> ActorHandle:

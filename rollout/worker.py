@@ -12,13 +12,23 @@ import numpy as np
 
 from r3.config import Config, RoutingConfig
 from r3.errors import EngineError, RoutingError
-from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation, open_engine, stop_token_ids
+from r3.rollout.engine import (
+    EngineSpec,
+    Generation,
+    Request,
+    Sampling,
+    StreamedEngine,
+    check_generation,
+    open_engine,
+    stop_token_ids,
+)
 from r3.rollout.policies import fate
 from r3.rollout.provenance import OnStale, count, describe, settle
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
 from r3.routing import check_constant_layers
 from r3.tasks import encode, open_task
-from r3.types import Batch, Prompt, Trajectory, WeightBuckets
+from r3.types import Batch, Prompt, Trajectory, WeightBuckets, WeightVersion
+from r3.weights import BroadcastGroup, WeightPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,7 @@ class RolloutWorker:
         self._engine = open_engine(config, model_dir, index)
         self._spec = self._engine.spec()
         self._tokenizer = _load_tokenizer(model_dir)
+        self._loading = 0.0
 
     def spec(self) -> EngineSpec:
         """Describe the running engine."""
@@ -163,6 +174,36 @@ class RolloutWorker:
         begin = time.perf_counter()
         self._engine.load_weights(weights, weights.version)
         return time.perf_counter() - begin
+
+    def begin_weights(self, version: WeightVersion) -> None:
+        """Begin an update whose buckets come one by one; see `StreamedEngine`, also for the next ones."""
+        self._loading = 0.0
+        self._timed("begin_weights", version)
+
+    def load_part(self, part: WeightPart) -> None:
+        """Load one bucket."""
+        self._timed("load_part", part)
+
+    def end_weights(self, checksums: Sequence[int]) -> float:
+        """End the update; return the seconds that the engine took for all of it."""
+        self._timed("end_weights", checksums)
+        return self._loading
+
+    def join_group(self, group: BroadcastGroup, offset: int) -> None:
+        """Join a broadcast group."""
+        self._timed("join_group", group, offset)
+
+    def leave_group(self, name: str) -> None:
+        """Leave a broadcast group."""
+        self._timed("leave_group", name)
+
+    def _timed(self, method: str, *arguments: Any) -> None:
+        begin = time.perf_counter()
+        engine = self._engine
+        if not isinstance(engine, StreamedEngine):
+            raise EngineError(f"{self._spec.engine} takes no weights bucket by bucket")
+        getattr(engine, method)(*arguments)
+        self._loading += time.perf_counter() - begin
 
     def close(self) -> None:
         """Stop the engine."""

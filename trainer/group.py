@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -20,9 +20,14 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import CheckpointError, EngineError, R3Error
 from r3.trainer.outcome import Recomputed, Rehearsal
+from r3.trainer.port import OutletPort
 from r3.trainer.use import RoutingUse
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
 from r3.types import ModelSpec, StepResult, WeightBuckets
+from r3.weights import NCCL_ENVIRONMENT, Site
+
+if TYPE_CHECKING:
+    from r3.trainer.outlet import WeightOutlet
 
 # How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
 _SETTLE_S = 2.0
@@ -33,6 +38,7 @@ class TrainerRank:
 
     def __init__(self, config: Config, model_dir: str, rank: int, world: int) -> None:
         self._arguments = (config, model_dir, rank, world)
+        self._outlet: WeightOutlet | None = None
 
     def start(self) -> ModelSpec:
         """Make the worker: a call of its own, because an error of an actor's constructor loses its type."""
@@ -43,6 +49,9 @@ class TrainerRank:
         elif config.run.deterministic:
             # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        if config.trainer.gpus_per_process and config.weights.transport in ("auto", "broadcast"):
+            for key, value in NCCL_ENVIRONMENT.items():
+                os.environ.setdefault(key, value)
         from r3.trainer.worker import TrainerWorker
 
         self._worker = TrainerWorker(config, model_dir, rank, world, config.run.steps * config.grpo.mini_steps)
@@ -83,10 +92,27 @@ class TrainerRank:
         found, fetched = fetch(batches, self._worker.layers)
         return self._worker.rehearse(advantages, *found), fetched
 
-    def export(self) -> tuple[int, WeightBuckets | None]:
-        """Return the weight version and, as an object of its own, the weights: the driver fetches the first alone."""
+    def export(self) -> tuple[tuple[int, int], WeightBuckets | None]:
+        """Return weight version and bytes and, as an object of its own, the weights: the driver fetches the first."""
         weights = self._worker.export()
-        return self._worker.weight_version, weights
+        return (self._worker.weight_version, weights.nbytes if weights else 0), weights
+
+    def site(self) -> Site:
+        """Say where this rank stands, with its own GPU alone."""
+        return Site(ray.get_runtime_context().get_node_id(), self._weights().gpus())
+
+    def address(self) -> str:
+        """Return the address by which Ray's other nodes know this one."""
+        return str(ray.util.get_node_ip_address())
+
+    def weights(self, method: str, *arguments: Any) -> Any:
+        """Call a method of this rank's `WeightOutlet`."""
+        return getattr(self._weights(), method)(*arguments)
+
+    def _weights(self) -> WeightOutlet:
+        if self._outlet is None:
+            self._outlet = self._worker.outlet()
+        return self._outlet
 
     def save_hf(self, directory: str) -> None:
         """See `TrainerWorker`."""
@@ -99,6 +125,15 @@ class TrainerRank:
     def load_state(self, directory: str) -> int:
         """See `TrainerWorker`."""
         return self._worker.load_state(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A full set of weights in the object store: a reference to its `WeightBuckets`, their version and bytes."""
+
+    ref: ray.ObjectRef
+    version: int
+    nbytes: int
 
 
 class TrainerGroup:
@@ -173,12 +208,16 @@ class TrainerGroup:
         results, fetched = zip(*self._all("rehearse", advantages, batches), strict=True)
         return results[0], transport_metrics(fetched)
 
-    def export(self) -> ray.ObjectRef:
-        """Return a reference to the new weights (`WeightBuckets`), ready in the object store."""
+    def export(self) -> Exported:
+        """Return the new weights, ready in the object store."""
         # Every rank sends its part to rank 0, which returns them all.
         calls = [rank.export.options(num_returns=2).remote() for rank in self._ranks]
-        self._wait([version for version, _ in calls], "export", time.monotonic() + self._timeout)
-        return calls[0][1]
+        facts = self._wait([facts for facts, _ in calls], "export", time.monotonic() + self._timeout)
+        return Exported(calls[0][1], *facts[0])
+
+    def outlet(self) -> OutletPort:
+        """Return the driver's handle on the ranks as senders of weights."""
+        return OutletPort(self._ranks, self._timeout, _root_cause)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face checkpoint directory."""

@@ -13,6 +13,7 @@ import torch
 
 from r3.errors import CheckpointError
 from r3.types import TensorSlot, WeightBucket, WeightBuckets
+from r3.weightsum import weight_checksum
 
 # What a Hugging Face directory needs besides weights and config.json to be usable on its own.
 COMPANIONS = (
@@ -29,10 +30,14 @@ SHARD_BYTES = 4 * 2**30
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
-def weight_buckets(tensors: NamedTensors, dtype: torch.dtype, bucket_bytes: int, version: int) -> WeightBuckets:
+def weight_buckets(
+    tensors: NamedTensors, dtype: torch.dtype, bucket_bytes: int, version: int, *, verify: bool = True
+) -> WeightBuckets:
     """Return the tensors, cast to `dtype`, as runs of at most `bucket_bytes`; a larger tensor has its own bucket."""
     cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
-    return WeightBuckets(version, tuple(_bucket(group) for group in _groups(cast, bucket_bytes)))
+    buckets = tuple(_bucket(group) for group in _groups(cast, bucket_bytes))
+    checksums = tuple(int(weight_checksum(torch.from_numpy(bucket.data))) for bucket in buckets) if verify else ()
+    return WeightBuckets(version, buckets, checksums)
 
 
 def save_checkpoint(tensors: NamedTensors, source: Path, target: Path, dtype: torch.dtype) -> None:

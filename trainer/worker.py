@@ -32,6 +32,7 @@ from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
 from r3.trainer.outcome import Recomputation, Recomputed, Rehearsal
+from r3.trainer.outlet import WeightOutlet
 from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
 from r3.trainer.rehearsal import rehearse
 from r3.trainer.state import load_state, save_state
@@ -240,8 +241,18 @@ class TrainerWorker:
             DTYPES[self._config.rollout.dtype],
             self._config.weights.bucket_mib * 2**20,
             self._version,
+            verify=self._config.weights.verify,
         )
         return buckets if self._rank == 0 else None
+
+    def outlet(self) -> WeightOutlet:
+        """Return this rank's part in streaming its weights; only after `join`."""
+        return WeightOutlet(
+            self._config,
+            lambda: export_weights(self.policy.chunks, self._arch),
+            lambda: self._version,
+            parallel.device(),
+        )
 
     def save_hf(self, directory: str) -> None:
         """Write the model as a Hugging Face checkpoint directory, on rank 0; raise `CheckpointError` if that fails."""

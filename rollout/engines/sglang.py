@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
+from r3.rollout.engines.sglang_weights import WeightLoader
 from r3.rollout.segment import Owner
 from r3.rollout.sglang_plugin.client import open_returns, switch
 from r3.routing import Provenance
-from r3.types import ModelSpec, WeightBucket, WeightSource, WeightVersion
+from r3.types import ModelSpec, WeightSource, WeightVersion
+from r3.weights import STREAMED, BroadcastGroup, WeightPart
 
 
 class SglangEngine:
@@ -37,9 +37,10 @@ class SglangEngine:
         on_gpu = config.rollout.gpus_per_worker > 0
         make, release = _gpu_engine() if on_gpu else _cpu_engine()
         self._name = f"sglang {release}"
-        self._tp_size = int(arguments.get("tp_size", 1))
+        self._ranks = int(arguments.get("tp_size", 1))
         self._shares_prefixes = not arguments.get("disable_radix_cache", False)
         self._version: WeightVersion | None = 0
+        self._coming: WeightVersion = 0
         try:
             self._engine = make(**arguments)
         except TypeError as error:
@@ -48,6 +49,7 @@ class SglangEngine:
             raise EngineError(f"{self._name} did not start: {error}") from error
         self._provenance, self._unstamped = self._switch_stamps()
         self._segment, self._unshared = self._open_segment(on_gpu)
+        self._loader = WeightLoader(self._engine, self._name, self._model, self._ranks, verify=config.weights.verify)
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
@@ -57,6 +59,7 @@ class SglangEngine:
             model, self._name, config.routing.capture, config.rollout.dtype, recorded,
             provenance=self._provenance, unstamped=self._unstamped,
             shared_memory=self._segment is not None, unshared=self._unshared,
+            transports=("object_store", *STREAMED), ranks=self._ranks, unverified=self._loader.unverified,
         )  # fmt: skip
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
@@ -95,15 +98,35 @@ class SglangEngine:
         Raises `EngineError` with the engine's own message; until a full load succeeds the engine refuses to generate.
         """
         self._version = None
-        if isinstance(source, Path):
-            self._load_directory(source, version)
-        else:
-            with self._update_session():
-                for number, bucket in enumerate(source.buckets):
-                    last = number == len(source.buckets) - 1
-                    self._load_bucket(bucket, version if last else None)
+        self._loader.load(source, version)
         self.flush_cache()
         self._version = version
+
+    def begin_weights(self, version: WeightVersion) -> None:
+        """Begin an update whose buckets come one by one; until `end_weights` the engine refuses to generate."""
+        self._version, self._coming = None, version
+        self._loader.begin(version)
+
+    def load_part(self, part: WeightPart) -> None:
+        """Load one bucket by its handles or from the broadcast group; raise `EngineError`."""
+        self._loader.load_part(part)
+
+    def end_weights(self, checksums: Sequence[int]) -> None:
+        """End the update: compare checksums, flush the prefix cache, and answer with the new version from now on.
+
+        Raises `EngineError` for bytes that arrived changed.
+        """
+        self._loader.end(checksums)
+        self.flush_cache()
+        self._version = self._coming
+
+    def join_group(self, group: BroadcastGroup, offset: int) -> None:
+        """Let every rank join a broadcast group, from rank `offset` on; raise `EngineError`."""
+        self._loader.join(group, offset)
+
+    def leave_group(self, name: str) -> None:
+        """Leave a broadcast group; raise `EngineError`."""
+        self._loader.leave(name)
 
     def flush_cache(self) -> None:
         """Drop the prefix cache and wait until SGLang confirms it, at most `weights.flush_timeout_s`.
@@ -176,52 +199,6 @@ class SglangEngine:
             self._engine.shutdown()
             raise
 
-    @contextmanager
-    def _update_session(self) -> Iterator[None]:
-        """Hold SGLang's weight-update session open, on releases that have one (0.5.23 requires it, 0.5.17 has none)."""
-        if not hasattr(self._engine, "begin_weight_update"):
-            yield
-            return
-        self._require_success("begin_weight_update", self._engine.begin_weight_update())
-        try:
-            yield
-        finally:
-            self._require_success("end_weight_update", self._engine.end_weight_update())
-
-    def _load_bucket(self, bucket: WeightBucket, version: WeightVersion | None) -> None:
-        """Hand one bucket to every tensor-parallel rank; the engine takes `version` as its own where it is not None."""
-        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
-
-        # `Engine.update_weights_from_tensor` has no weight_version, its request object does.
-        request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=_serialise(bucket, self._tp_size),
-            load_format="flattened_bucket",
-            flush_cache=False,
-            weight_version=None if version is None else str(version),
-        )
-        manager = self._engine.tokenizer_manager
-        outcome = self._engine.loop.run_until_complete(manager.update_weights_from_tensor(request, None))
-        self._require_success("update_weights_from_tensor", outcome)
-
-    def _load_directory(self, directory: Path, version: WeightVersion) -> None:
-        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
-
-        ModelSpec.from_directory(directory).require_same(self._model, str(directory), "the engine")
-        request = UpdateWeightFromDiskReqInput(
-            model_path=str(directory), flush_cache=False, weight_version=str(version)
-        )
-        manager = self._engine.tokenizer_manager
-        outcome = self._engine.loop.run_until_complete(manager.update_weights_from_disk(request, None))
-        self._require_success("update_weights_from_disk", outcome)
-
-    def _require_success(self, call: str, outcome: Any) -> None:
-        """SGLang's control calls return (success, message, ...) and do not raise."""
-        success, message = (
-            (outcome[0], outcome[1]) if isinstance(outcome, tuple | list) else (outcome.success, outcome.message)
-        )
-        if not success:
-            raise EngineError(f"{self._name} {call} failed: {message}")
-
 
 def _gpu_engine() -> tuple[Any, str]:
     """Return stock `sglang.Engine` and its release."""
@@ -256,24 +233,3 @@ def _cpu_engine() -> tuple[Any, str]:
             "rollout.gpus_per_worker is 0 but CUDA is visible; set it to 1, or CUDA_VISIBLE_DEVICES to ''"
         )
     return CpuEngine, sglang.__version__
-
-
-def _serialise(bucket: WeightBucket, ranks: int) -> list[bytes]:
-    """Return one payload per tensor-parallel rank: each carries handles of shared memory that one reader may take."""
-    import torch
-    from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
-
-    slots = []
-    for slot in bucket.slots:
-        dtype = getattr(torch, slot.dtype)
-        if slot.begin % dtype.itemsize:
-            raise EngineError(f"weight {slot.name} begins at byte {slot.begin}, not a multiple of {dtype.itemsize}")
-        shape = torch.Size(slot.shape)
-        slots.append(FlattenedTensorMetadata(slot.name, shape, dtype, slot.begin, slot.end, slot.end - slot.begin))
-    with warnings.catch_warnings():
-        # The array is a read-only view of the object store; SGLang only reads it.
-        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
-        flat = torch.from_numpy(bucket.data)
-    content = {"flattened_tensor": flat, "metadata": slots}
-    return [MultiprocessingSerializer.serialize(content) for _ in range(ranks)]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
-from r3.errors import ConfigError
+from r3.errors import ConfigError, EngineError
 from r3.rollout.segment import Owner
+from r3.rollout.sglang_plugin.weights import CHANGED
 from r3.routing import Provenance
+from r3.types import WeightVersion
 
 NAME = "r3_provenance"
 RETURNS = "r3_returns"
+WEIGHTS = "r3_weights"
 GROUP = "sglang.srt.plugins"
 Wanted = Literal["auto", "require", "off"]
 
@@ -69,3 +73,41 @@ def absent() -> str | None:
     if allowed and NAME not in allowed:
         return f"SGLANG_PLUGINS={os.environ['SGLANG_PLUGINS']} leaves the plugin {NAME} out; add it"
     return None
+
+
+class Verifier:
+    """Compares the weights that an in-process SGLang engine received with what was sent, where its plugin can.
+
+    `absent`: why it does not; empty when it does.
+    """
+
+    def __init__(self, engine: Any, *, wanted: bool) -> None:
+        self._engine = engine
+        self.absent = ("" if wanted else "weights.verify is false") or absent() or ""
+        if not self.absent:
+            try:
+                self.start()
+            except EngineError as error:
+                self.absent = str(error)
+
+    def start(self) -> None:
+        """Begin to note what arrives."""
+        if not self.absent:
+            self._call()
+
+    def compare(self, sent: Sequence[int], version: WeightVersion, engine: str) -> None:
+        """Raise `EngineError` that names bucket and version unless what arrived since `start` is what was sent."""
+        if not self.absent and sent:
+            try:
+                self._call(expected=list(sent), version=version)
+            except EngineError as error:
+                raise EngineError(f"{engine}: {error}") from error
+
+    def _call(self, **arguments: Any) -> None:
+        try:
+            self._engine.collective_rpc(WEIGHTS, **arguments)
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            text = str(error)
+            raise EngineError(
+                text if text.startswith(CHANGED) else f"the plugin {NAME} does not verify weights: {text}"
+            ) from error

@@ -14,6 +14,7 @@ from r3.errors import ConfigError
 from r3.rollout.engines.sglang_args import check_release
 from r3.rollout.sglang_plugin.hooks import Hooks, refuse
 from r3.rollout.sglang_plugin.ledger import Ledger
+from r3.rollout.sglang_plugin.weights import RECONSTRUCT, Received
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,26 @@ def register() -> None:
     # `Engine.collective_rpc` calls methods of the scheduler by name.
     scheduler.Scheduler.r3_provenance = lambda self, enabled: hooks.switch(self, enabled)
     scheduler.Scheduler.r3_returns = lambda self, path: hooks.switch_returns(self, path)
+    _verify_weights(scheduler.Scheduler)
+
+
+def _verify_weights(scheduler: Any) -> None:
+    """Note the checksum of every bucket of weights, and offer to compare it; independent of the stamps."""
+    received, fault = Received(), _misfit(Point(RECONSTRUCT, "reconstruct", ("self",)))
+
+    def compare(self: Any, expected: Sequence[int] | None = None, version: int = 0) -> None:
+        if fault is not None:
+            raise RuntimeError(fault)
+        if expected is None:
+            received.start()
+        else:
+            received.check(self, expected, version)
+
+    if fault is None:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        HookRegistry.register(RECONSTRUCT, received.reconstruct, HookType.AROUND)
+    scheduler.r3_weights = compare
 
 
 def unfit(version: str, points: Sequence[Point] = POINTS) -> str | None:

@@ -183,3 +183,22 @@ def test_without_replay_two_ranks_and_an_own_reward(warm_model: Path, tmp_path: 
         assert 0 <= row["mismatch/k3"] < 0.05
         assert np.isclose(row["rollout/reward_mean"] * 10, round(row["rollout/reward_mean"] * 10, 6))
         assert row["rollout/reward_mean"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ipc", "broadcast"])
+def test_weights_take_the_way_that_was_asked_for(warm_model: Path, tmp_path: Path, way: str) -> None:
+    result = train(
+        tmp_path / "run", "run.steps=2", f"weights.transport={way}", "weights.bucket_mib=2", "run.eval_every=0",
+        "rollout.prompts_per_step=8", "grpo.group_size=4", "run.checkpoint_every=1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 <= row["mismatch/k3"] < 0.01, "the engine answered with other weights than the trainer's"
+        assert row["rollout/staleness_max"] == 0
+        assert row["transport/weights_bytes"] > row["transport/weights_extra_bytes"] > 0
+        assert row["transport/weights_gb_per_s"] > 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["transports"] for event in events if event["event"] == "weights_transport"] == [[way]]

@@ -42,7 +42,7 @@ def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: P
         assert {alarm.rule for alarm in result.alarms} == {"overlap"}, "the records are random"
         assert result.metrics["transport/node_copies"] == 1, "the ranks hold copies of their own"
         assert result.metrics["transport/get_s"] > 0
-        _, version, size = ray.get(ray.remote(is_weights).remote(group.export()))
+        _, version, size = ray.get(ray.remote(is_weights).remote(group.export().ref))
         assert version == 1
         assert size > 100_000
         group.save_hf(tmp_path / "hf")

@@ -1,0 +1,179 @@
+"""The order in which a push asks trainer and engines for things, and what a death changes; both sides are stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from r3.config import Config
+from r3.errors import EngineError
+from r3.rollout.pool import WorkerDied
+from r3.sync import WeightSync
+from r3.weights import BroadcastGroup, SentWeights, Site, WeightPart
+
+BUCKETS = 4
+
+
+class Sides:
+    """Pool, trainer group and outlet in one; `log` has every call in the order in which it takes effect."""
+
+    def __init__(self, engines: int, dies: tuple[str, int] | None = None) -> None:
+        self.log: list[str] = []
+        self.version, self.reload, self._dies = 1, None, dies
+        self._engines, self._filled = engines, 0
+
+    # The pool.
+    def spec(self) -> Any:
+        transports = ("object_store", "ipc", "broadcast")
+        return SimpleNamespace(ranks=2, transports=transports, unverified="", engine="stand-in")
+
+    def sites(self) -> list[Site]:
+        return [Site("n", ("a",)), *[Site("n", ("b",))] * (self._engines - 1)]
+
+    def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        for worker, given in arguments.items():
+            shown = [f"part {one.number}, {len(one.handles)} handles" if isinstance(one, WeightPart) else one
+                     for one in given]  # fmt: skip
+            shown = [one.name if isinstance(one, BroadcastGroup) else one for one in shown]
+            self.log.append(f"{method}({', '.join(map(str, shown))}) on {worker}")
+            if self._dies == (method, worker):
+                self._dies = None
+                raise WorkerDied(worker, RuntimeError("killed"))
+        return dict.fromkeys(arguments, 0.5)
+
+    def replace(self, death: WorkerDied) -> None:
+        self.log.append(f"replace {death.worker}")
+
+    # The trainer.
+    def outlet(self) -> Sides:
+        return self
+
+    def site(self) -> Site:
+        return Site("n", ("a",))
+
+    def open(self, *, shared: bool) -> int:
+        self.log.append(f"open, shared {shared}")
+        self._filled = 0
+        return self.version
+
+    def fill(self, released: int, readers: int) -> Any:
+        number = self._filled
+        self._filled += 1
+        self.log.append(f"fill {number}, {released} released")
+        part = WeightPart(number, number == BUCKETS - 1, (), 8, ("handle",) * readers, "group")  # type: ignore[arg-type]
+        return SimpleNamespace(wait=lambda: part)
+
+    def send(self) -> Any:
+        self.log.append(f"send {self._filled - 1}")
+        return SimpleNamespace(wait=lambda: None)
+
+    def close(self) -> SentWeights:
+        self.log.append("close")
+        return SentWeights(self.version, (7,) * BUCKETS, 80, 0.1, 0.2, 16)
+
+    def abandon(self) -> None:
+        self.log.append("abandon")
+
+    def open_group(self, name: str, world: int) -> BroadcastGroup:
+        self.log.append(f"open_group {name} of {world}")
+        return BroadcastGroup(name, "host", 1, world, "nccl")
+
+    def join_group(self) -> Any:
+        self.log.append("join_group")
+        return SimpleNamespace(wait=lambda: None)
+
+    def close_group(self, *, abort: bool) -> Any:
+        self.log.append(f"close_group, abort {abort}")
+        return SimpleNamespace(wait=lambda: None)
+
+
+def sync_of(sides: Sides, events: list[str] | None = None) -> WeightSync:
+    config = Config.model_validate({"rollout": {"workers": sides._engines}})
+    found = events if events is not None else []
+    return WeightSync(config, sides, sides, lambda kind, **facts: found.append(kind))  # type: ignore[arg-type]
+
+
+def test_the_next_bucket_is_filled_beside_and_a_third_only_behind_the_reading_of_the_first() -> None:
+    sides = Sides(engines=1)
+    moved = sync_of(sides).push()
+
+    assert sides.log == [
+        "open, shared True", "begin_weights(1) on 0", "fill 0, -1 released",
+        "fill 1, -1 released", "load_part(part 0, 2 handles) on 0",
+        "fill 2, 0 released", "load_part(part 1, 2 handles) on 0",
+        "fill 3, 1 released", "load_part(part 2, 2 handles) on 0",
+        "load_part(part 3, 2 handles) on 0", "close", f"end_weights({(7,) * BUCKETS}) on 0",
+    ]  # fmt: skip
+    assert moved["transport/weights_bytes"] == 80
+    assert moved["transport/weights_load_s"] == 0.5
+
+
+def test_each_engine_gets_the_weights_by_its_own_way_and_the_group_ends_with_the_run() -> None:
+    sides, events = Sides(engines=3), []  # type: ignore[var-annotated]
+    with sync_of(sides, events) as sync:
+        sync.push()
+        begun = len(sides.log)
+        sync.push()
+
+    assert events == ["weights_transport"]
+    assert sides.log[:5] == [
+        "open_group r3-weights-1 of 5", "join_group", "join_group(r3-weights-1, 1) on 1",
+        "join_group(r3-weights-1, 3) on 2", "open, shared True",
+    ]  # fmt: skip
+    second = sides.log[begun:]
+    assert second[0] == "open, shared True", "the group stays"
+    first = second.index("send 0")
+    assert second[first : first + 5] == [
+        "send 0", "fill 1, -1 released",
+        *(f"load_part(part 0, {handles} handles) on {worker}" for worker, handles in enumerate((2, 0, 0))),
+    ]  # fmt: skip
+    assert second[-3:] == [
+        "close_group, abort False", "leave_group(r3-weights-1) on 1", "leave_group(r3-weights-1) on 2"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["join_group", "begin_weights", "load_part", "end_weights"])
+def test_a_death_ends_the_stream_before_the_next_one_begins(where: str) -> None:
+    sides, events = Sides(engines=3, dies=(where, 2)), []  # type: ignore[var-annotated]
+    sync_of(sides, events).push()
+
+    died, begun = sides.log.index("abandon"), sides.log.index("replace 2")
+    assert died < begun
+    assert "close_group, abort True" in sides.log[:died]
+    after = sides.log[begun:]
+    assert ("leave_group(r3-weights-1) on 1" in after) == (where != "join_group"), "it never got in"
+    assert "leave_group(r3-weights-1) on 2" not in after, "it is gone"
+    assert "open_group r3-weights-2 of 5" in after
+    assert after[-3:] == [f"end_weights({(7,) * BUCKETS}) on {worker}" for worker in range(3)]
+    assert events == ["weights_transport", "weights_interrupted"]
+
+
+def test_a_replaced_engine_is_reached_alone_and_the_others_rejoin_at_the_next_push() -> None:
+    sides = Sides(engines=3)
+    sync = sync_of(sides)
+    sync.push()
+    begun = len(sides.log)
+    sides.reload(2)  # type: ignore[misc]  (the push has set it)
+    again = sides.log[begun:]
+    assert again[:4] == [
+        "close_group, abort True", "open_group r3-weights-2 of 3", "join_group", "join_group(r3-weights-2, 1) on 2"
+    ]  # fmt: skip
+    assert not [call for call in again if call.endswith((" on 0", " on 1"))], "they are busy"
+
+    begun = len(sides.log)
+    sync.push()
+    assert sides.log[begun : begun + 4] == [
+        "leave_group(r3-weights-1) on 1", "close_group, abort False", "leave_group(r3-weights-2) on 2",
+        "open_group r3-weights-3 of 5",
+    ]  # fmt: skip
+
+
+def test_a_replaced_engine_gets_no_weights_that_the_others_lack() -> None:
+    sides = Sides(engines=1)
+    sync_of(sides).push()
+    sides.version = 2
+    with pytest.raises(EngineError, match="the trainer holds weights 2 and the other engines 1"):
+        sides.reload(0)  # type: ignore[misc]
