@@ -67,6 +67,8 @@ class RunConfig(Section):
     """Newest checkpoints that are kept; older ones are deleted."""
     deterministic: bool = False
     """Repeatable to the bit on the same machines: deterministic kernels, and no prompt is reused between calls."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU, in GiB: a run whose plan does not fit is refused; null leaves the fit unchecked."""
 
 
 class ModelConfig(Section):

@@ -62,7 +62,9 @@ def test_attention_and_its_gradients_are_those_of_one_sequence_at_a_time(lengths
     expected = torch.cat([alone(*cut) for cut in zip(*(part.split(lengths) for part in parts), strict=True)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(found)
-    for ours, theirs in zip(torch.autograd.grad(found, parts, weights), torch.autograd.grad(expected, parts, weights)):
+    for ours, theirs in zip(
+        torch.autograd.grad(found, parts, weights), torch.autograd.grad(expected, parts, weights), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
