@@ -61,6 +61,8 @@ def _mismatch(steps: Sequence[Metrics]) -> Iterator[Row]:
         return
     yield row("steps with both passes", len(both), "steps")
     for key, unit in [("k3", "nats"), ("abs_mean", "nats"), *((key, "share of tokens") for key in EXTREME)]:
+        if not all(f"{kind}/{key}" in step for kind in ("mismatch_native", "mismatch") for step in both):
+            continue
         native, replayed = ([step[f"{kind}/{key}"] for step in both] for kind in ("mismatch_native", "mismatch"))
         value, ci95 = bootstrap(native)
         yield row(f"{key}, native", value, unit, ci95=ci95)
@@ -108,7 +110,9 @@ def _times(steps: Sequence[Metrics]) -> Iterator[Row]:
         if values:
             yield row(f"{key}, median", float(np.median(values)), "s", "step", float(np.median(values)) / total)
     for key in ("rollout/tokens_per_s", "train/tokens_per_s"):
-        yield row(f"{key}, median", float(np.median([step[key] for step in warm])), "tokens/s")
+        values = [step[key] for step in warm if key in step]
+        if values:
+            yield row(f"{key}, median", float(np.median(values)), "tokens/s")
 
 
 def condense(run: Path) -> tuple[dict[str, Any], list[Row]]:
