@@ -199,7 +199,7 @@ def _render_gpus(config: Config, found: Plan) -> Iterator[str]:
         )
 
 
-def _size_of_directory(directory: Path, *, planned: bool) -> ModelSize:
+def _size_of_directory(directory: Path, *, planned: bool = False) -> ModelSize:
     arch = Architecture.from_directory(directory)
     if planned and not any(directory.glob("*.safetensors")):
         return ModelSize(arch, shape_parameters(arch), directory, counted=False)

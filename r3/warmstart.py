@@ -150,7 +150,8 @@ def sampled_reward(
     """Returns the mean reward of one answer per held-out prompt, sampled from the whole distribution."""
     prompts = [task.heldout_prompt(MEASURED_FROM + index) for index in range(recipe.measure_prompts)]
     inputs = tokenizer.pad({"input_ids": [encode(tokenizer, prompt) for prompt in prompts]}, return_tensors="pt")
-    inputs = inputs.to(model.device)
+    if recipe.gpu:
+        inputs = inputs.to(model.device)
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -80,8 +80,9 @@ def _disagreement(steps: Sequence[Metrics]) -> Iterator[Row]:
         if not found:
             continue
         for key in ("token_layer", "token"):
-            value, ci95 = bootstrap([step[prefix + key] for step in found])
-            yield row(f"disagreement {text}, {key.replace('_', ' and ')}", value, "share", ci95=ci95)
+            if all(prefix + key in step for step in found):
+                value, ci95 = bootstrap([step[prefix + key] for step in found])
+                yield row(f"disagreement {text}, {key.replace('_', ' and ')}", value, "share", ci95=ci95)
         layers = sorted({int(key.rpartition("/")[2]) for step in found for key in step if f"{prefix}layer/" in key})
         for layer in layers:
             value, ci95 = bootstrap([step[f"{prefix}layer/{layer}"] for step in found])
