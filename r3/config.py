@@ -17,6 +17,8 @@ from r3.errors import ConfigError
 
 _ENTRY_POINT = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 PACKAGED = Path(__file__).parent / "configs"
+# What engine and trainer on one GPU may take of it together.
+SHARED_GPU_LIMIT = 0.9
 # A bare text in the place of a section stands for this key of it.
 _SHORTHANDS = {"model": "path"}
 
@@ -65,6 +67,8 @@ class RunConfig(Section):
     """Newest checkpoints that are kept; older ones are deleted."""
     deterministic: bool = False
     """Repeatable to the bit on the same machines: deterministic kernels, and no prompt is reused between calls."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU, in GiB: a run whose plan does not fit is refused; null leaves the fit unchecked."""
 
 
 class ModelConfig(Section):
@@ -176,6 +180,15 @@ class RolloutConfig(Section):
         return self.engine in ("sglang_http", "lightllm_http", "vllm_http")
 
     @model_validator(mode="after")
+    def _gpus(self) -> RolloutConfig:
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"rollout.gpus_per_worker={self.gpus_per_worker:g}: name a share of one GPU, or a whole number, over "
+                "which the engine is tensor-parallel"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sampled_distribution(self) -> RolloutConfig:
         neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
                    "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_processor": None}  # fmt: skip
@@ -235,7 +248,9 @@ class TrainerConfig(Section):
     processes: int = Field(1, ge=1)
     """Trainer ranks: data parallel x the sizes below."""
     gpus_per_process: float = Field(0, ge=0)
-    """GPUs per rank; 0 trains on the CPU over gloo."""
+    """GPUs per rank: 1, a share of one where the engine has the rest, or 0 to train on the CPU over gloo."""
+    mem_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the GPU's memory that a rank may take; on a GPU shared with an engine, what `rollout` leaves."""
     placement: Literal["pack", "spread"] = "pack"
     """Trainer ranks on as few, or as many, nodes of the Ray cluster as possible."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -260,6 +275,8 @@ class TrainerConfig(Section):
     """Shard optimizer state and main parameters over the data-parallel ranks."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to experts on other ranks."""
+    experts: Literal["auto", "sequential", "grouped"] = "auto"
+    """One matrix product per expert, or grouped ones for all of a rank's; `auto`: grouped on a GPU in bfloat16."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activation recompute; `selective` recomputes attention cores and MoE layers."""
     lr: float = Field(3e-4, gt=0)
@@ -290,6 +307,18 @@ class TrainerConfig(Section):
     def expert_tensor(self) -> int:
         """`expert_tensor_parallel` with its default resolved."""
         return self.expert_tensor_parallel or self.tensor_parallel
+
+    @model_validator(mode="after")
+    def _gpus(self) -> TrainerConfig:
+        share = self.gpus_per_process
+        if share > 1:
+            raise ValueError(f"trainer.gpus_per_process={share:g}: a rank works on one GPU; raise trainer.processes")
+        if 0 < share < 1 and self.processes > 1:
+            raise ValueError(
+                f"trainer.gpus_per_process={share:g} with trainer.processes={self.processes}: NCCL connects no two "
+                "ranks on one GPU; give every rank a whole one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layout(self) -> TrainerConfig:
@@ -434,7 +463,8 @@ class Config(Section):
             ),
             f"weights.transport={self.weights.transport}, but rollout.engine={rollout.engine} takes weights from a "
             "directory; use auto or object_store": rollout.is_http and self.weights.transport in ("ipc", "broadcast"),
-        } | _url_faults(rollout, self.weights)
+        }
+        faults |= _memory_faults(rollout, self.trainer) | _url_faults(rollout, self.weights)
         if found := [text for text, applies in faults.items() if applies]:
             raise ValueError("\n".join(found))
         return self
@@ -442,6 +472,17 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return every key with its resolved value, as YAML that loads back to the same config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _memory_faults(rollout: RolloutConfig, trainer: TrainerConfig) -> dict[str, bool]:
+    """Engine and trainer on one GPU: the engine takes its share first, and both need room beside their shares."""
+    together = rollout.mem_fraction + trainer.mem_fraction
+    shared = 0 < rollout.gpus_per_worker < 1 and 0 < trainer.gpus_per_process < 1
+    text = (
+        f"rollout.mem_fraction={rollout.mem_fraction:g} and trainer.mem_fraction={trainer.mem_fraction:g} share a GPU "
+        f"and add up to {together:g}; leave {1 - SHARED_GPU_LIMIT:.0%} to CUDA contexts, graphs and NCCL"
+    )
+    return {text: shared and together > SHARED_GPU_LIMIT + 1e-9}
 
 
 def _url_faults(rollout: RolloutConfig, weights: WeightsConfig) -> dict[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +24,15 @@ _TOKEN_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """The facts of a checkpoint that decide memory; `directory` is None for a built-in model that is not made yet."""
+    """The facts of a checkpoint that decide memory; `directory` is None for a built-in model that is not made yet.
+
+    `counted`: the parameters are those of the weight files; otherwise they follow from `config.json` alone.
+    """
 
     arch: Architecture
     parameters: int
     directory: Path | None
+    counted: bool = True
 
     @property
     def spec(self) -> ModelSpec:
@@ -40,7 +45,8 @@ class Plan:
     """Bytes that a run will take. Per trainer rank, per rollout worker, per step, and for the object store of Ray.
 
     `kv` and `capture` are None where the engine sizes its KV pool itself. `object_store` holds the weights of two
-    steps, because the old ones are let go only once the new ones are there, and one step's batch.
+    steps, because the old ones are let go only once the new ones are there, and one step's batch. `engine_ranks`: GPUs
+    of one engine, over which its weights and KV are divided.
     """
 
     parameters: int
@@ -56,6 +62,12 @@ class Plan:
     tokens_per_step: int
     routing_per_step: int
     object_store: int
+    engine_ranks: int = 1
+
+    @property
+    def engine(self) -> int:
+        """Bytes of weights and named KV on one GPU (or the CPU) of an engine."""
+        return math.ceil((self.engine_weights + (self.kv or 0)) / self.engine_ranks)
 
     @property
     def trainer(self) -> int:
@@ -63,11 +75,14 @@ class Plan:
         return self.trainer_weights + self.gradients + self.optimizer + self.reference
 
 
-def model_size(config: Config) -> ModelSize:
-    """Read the facts of the run's model; raise `ConfigError` for one that is not there or not complete."""
+def model_size(config: Config, *, planned: bool = False) -> ModelSize:
+    """Read the facts of the run's model; raise `ConfigError` for one that is not there or not complete.
+
+    `planned`: a `config.json` without any weight file beside it is enough.
+    """
     name, model = config.model.path, config.model
     if not name.startswith(PREFIX):
-        return _size_of_directory(Path(name).expanduser().absolute())
+        return _size_of_directory(Path(name).expanduser().absolute(), planned=planned)
     recipe, folder = plan_model(name, target_reward=model.warm_start_reward, seed=config.run.seed)
     return _size_of_directory(folder) if is_built(folder) else _size_of_recipe(recipe)
 
@@ -97,6 +112,7 @@ def plan(config: Config, size: ModelSize) -> Plan:
         tokens_per_step=tokens,
         routing_per_step=routing,
         object_store=2 * engine * count + routing + tokens * _TOKEN_BYTES,
+        engine_ranks=max(1, math.ceil(rollout.gpus_per_worker)),
     )
 
 
@@ -119,6 +135,7 @@ def render(config: Config, size: ModelSize, found: Plan) -> list[str]:
     """Return the plan as lines of text."""
     spec, trainer, rollout = size.spec, config.trainer, config.rollout
     made = "" if size.directory else " (made on the first run; sizes are upper bounds)"
+    made = made if size.counted else " (no weights there; sizes follow from config.json)"
     dtype = "uint8" if spec.num_experts <= 256 else "uint16"
     kv = "as much as rollout.mem_fraction leaves" if found.kv is None else human(found.kv)
     capture = "" if not found.capture else f", capture buffer {human(found.capture)} (host)"
@@ -133,6 +150,7 @@ def render(config: Config, size: ModelSize, found: Plan) -> list[str]:
         f"{human(found.routing_per_step)} per step ({found.samples_per_step} samples of {PROMPT_TOKENS} prompt and "
         f"{rollout.max_new_tokens} answer tokens)",
         f"Ray object store: {human(found.object_store)} (weights of two steps, and one batch)",
+        *_render_gpus(config, found),
     ]
 
 
@@ -144,9 +162,58 @@ def human(number: int) -> str:
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def _size_of_directory(directory: Path) -> ModelSize:
+def gpu_faults(config: Config, found: Plan) -> list[str]:
+    """Return what does not fit the GPUs of `run.gpu_memory_gib`; nothing where it is not stated."""
+    stated, rollout, trainer = config.run.gpu_memory_gib, config.rollout, config.trainer
+    if stated is None:
+        return []
+    sides = [
+        ("rollout worker", "rollout.mem_fraction", rollout.gpus_per_worker, rollout.mem_fraction, found.engine),
+        ("trainer rank", "trainer.mem_fraction", trainer.gpus_per_process, trainer.mem_fraction, found.trainer),
+    ]
+    return [
+        f"a {side} needs {human(needed)} on each of its GPUs, {key}={fraction:g} of run.gpu_memory_gib={stated:g} are "
+        f"{human(int(stated * fraction * 2**30))}; divide the model over more GPUs, or state larger ones"
+        for side, key, gpus, fraction, needed in sides
+        if gpus and needed > stated * fraction * 2**30
+    ]
+
+
+def _render_gpus(config: Config, found: Plan) -> Iterator[str]:
+    stated, rollout, trainer = config.run.gpu_memory_gib, config.rollout, config.trainer
+    if stated is None:
+        return
+    total = stated * 2**30
+    if rollout.gpus_per_worker:
+        room = int(total * rollout.mem_fraction)
+        rest = "more KV" if found.kv is None else "the engine's activations"
+        yield (
+            f"a rollout GPU of {stated:g} GiB: {human(found.engine)} of {human(room)} (rollout.mem_fraction), "
+            f"{human(max(0, room - found.engine))} for {rest}"
+        )
+    if trainer.gpus_per_process:
+        room = int(total * trainer.mem_fraction)
+        yield (
+            f"a trainer GPU of {stated:g} GiB: {human(found.trainer)} of {human(room)} (trainer.mem_fraction), "
+            f"{human(max(0, room - found.trainer))} for activations, logits and NCCL"
+        )
+
+
+def _size_of_directory(directory: Path, *, planned: bool = False) -> ModelSize:
     arch = Architecture.from_directory(directory)
+    if planned and not any(directory.glob("*.safetensors")):
+        return ModelSize(arch, shape_parameters(arch), directory, counted=False)
     return ModelSize(arch, count_parameters(directory), directory)
+
+
+def shape_parameters(arch: Architecture) -> int:
+    """Return the number of parameters that follow from the shapes in a `config.json`."""
+    spec, hidden, width = arch.spec, arch.spec.hidden_size, arch.head_dim
+    attention = 2 * hidden * width * (arch.heads + arch.groups) + (2 * width if arch.qk_norm else 0)
+    layers = spec.num_layers * (attention + 2 * hidden)
+    experts = len(spec.moe_layers) * spec.num_experts * (hidden + 3 * hidden * arch.expert_ffn_size)
+    dense = (spec.num_layers - len(spec.moe_layers)) * 3 * hidden * arch.ffn_size
+    return layers + experts + dense + ((1 if arch.tied else 2) * spec.vocab_size + 1) * hidden
 
 
 def count_parameters(directory: Path) -> int:
@@ -196,10 +263,5 @@ def _size_of_recipe(recipe: Recipe) -> ModelSize:
         "intermediate_size": recipe.dense_size,
         "rms_norm_eps": 1e-6,
     }
-    hidden, width = recipe.hidden_size, recipe.head_dim
-    attention = hidden * width * 2 * (recipe.heads + recipe.kv_heads) + 2 * width
-    experts = recipe.experts * (hidden + 3 * hidden * recipe.expert_size)
-    if not recipe.experts:
-        experts = 3 * hidden * recipe.dense_size
-    parameters = recipe.layers * (attention + experts + 2 * hidden) + (2 * recipe.tokenizer_vocab + 1) * hidden
-    return ModelSize(Architecture.from_hf_config(config, "the recipe"), parameters, None)
+    arch = Architecture.from_hf_config(config, "the recipe")
+    return ModelSize(arch, shape_parameters(arch), None)

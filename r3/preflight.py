@@ -11,7 +11,7 @@ from typing import Any
 
 from r3.config import Config
 from r3.errors import ConfigError
-from r3.plan import ModelSize, model_size
+from r3.plan import ModelSize, gpu_faults, model_size, plan
 from r3.rollout.engine import ENGINES, GENERATION_ONLY, stop_token_ids, unknown_engine
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, engine_kwargs
 from r3.trainer.architecture import require_layout
@@ -29,11 +29,12 @@ class Need:
     reason: str
 
 
-def check(config: Config, *, trains: bool = True) -> ModelSize:
+def check(config: Config, *, trains: bool = True, planned: bool = False) -> ModelSize:
     """Check a config against its model's files and its engine's refusals, and return the model's size.
 
-    `trains`: the engine is to take weight updates, which not every engine can. Imports nothing heavy and starts
-    nothing. Raises `ConfigError` with everything found.
+    `trains`: the engine is to take weight updates, which not every engine can. `planned`: nothing is to run yet, so a
+    model's `config.json` is enough. Imports nothing heavy and starts nothing. Raises `ConfigError` with everything
+    found.
     """
     faults: list[str] = []
     if trains and config.rollout.engine in GENERATION_ONLY:
@@ -41,16 +42,17 @@ def check(config: Config, *, trains: bool = True) -> ModelSize:
             f"rollout.engine={config.rollout.engine} is generation only: its server has no weight update that R3 can "
             "verify, so it would answer with the first weights for the whole run; train with sglang or sglang_http"
         )
-    size = _collect(faults, lambda: model_size(config))
+    size = _collect(faults, lambda: model_size(config, planned=planned))
     if size is not None:
         directory = size.directory
-        if directory is not None:
+        if directory is not None and size.counted:
             _collect(faults, lambda: _check_files(directory))
         faults += _check_lengths(config, size)
         arch = size.arch
         if config.routing.capture:
             _collect(faults, lambda: arch.spec.require_routers(config.model.path))
-        _collect(faults, lambda: require_layout(arch, config.trainer))
+        if _collect(faults, lambda: require_layout(arch, config.trainer) or True):
+            faults += gpu_faults(config, plan(config, size))
     if config.rollout.engine == "sglang":
         where = size.directory if size else None
         if where is not None:

@@ -66,7 +66,7 @@ def _dry_run(config: Config) -> int:
     from r3.preflight import check
 
     print(config.to_yaml(), end="", flush=True)
-    size = check(config)
+    size = check(config, planned=True)
     print("# memory plan", *render(config, size, plan(config, size)), sep="\n#   ")
     return 0
 

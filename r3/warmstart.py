@@ -47,6 +47,8 @@ CHAT_TEMPLATE = (
 DEMONSTRATIONS_FROM = 2_000_000
 MEASURED_FROM = 2_000_000
 IGNORED_LABEL = -100
+# Width times depth up to which a recipe for a GPU is trained on a CPU, for tests.
+_CPU_LIMIT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,8 @@ def sampled_reward(
     """Returns the mean reward of one answer per held-out prompt, sampled from the whole distribution."""
     prompts = [task.heldout_prompt(MEASURED_FROM + index) for index in range(recipe.measure_prompts)]
     inputs = tokenizer.pad({"input_ids": [encode(tokenizer, prompt) for prompt in prompts]}, return_tensors="pt")
+    if recipe.gpu:
+        inputs = inputs.to(model.device)
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,6 +161,26 @@ def sampled_reward(
     model.train()
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return sum(task.score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)) / len(prompts)
+
+
+class MainWeights:
+    """fp32 copies of a model's bfloat16 weights, which AdamW updates in their place."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Copy the weights of `model`, then round it to bfloat16."""
+        self.weights = [parameter.detach().float().clone() for parameter in model.parameters()]
+        self._rounded = list(model.to(torch.bfloat16).parameters())
+
+    def take_gradients(self) -> None:
+        """Move the rounded weights' gradients to the fp32 ones."""
+        for main, rounded in zip(self.weights, self._rounded, strict=True):
+            main.grad = None if rounded.grad is None else rounded.grad.float()
+            rounded.grad = None
+
+    @torch.no_grad()
+    def give_weights(self) -> None:
+        """Round the fp32 weights into the model."""
+        torch._foreach_copy_(self._rounded, self.weights)
 
 
 def supervise(
@@ -171,7 +195,9 @@ def supervise(
         cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.max_steps))
         return min(1.0, (step + 1) / recipe.warmup_steps) * (0.9 * cosine + 0.1)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    main = MainWeights(model) if recipe.gpu else None
+    trained = main.weights if main else list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     measurements: list[Measurement] = []
     model.train()
@@ -181,11 +207,16 @@ def supervise(
             prompts = [task.train_prompt(first + index) for index in range(recipe.batch_size)]
             # Router logits add the load-balancing term, without which a few experts take every token.
             balanced = {"output_router_logits": True} if recipe.experts else {}
-            loss = model(**_batch(tokenizer, prompts), **balanced, use_cache=False).loss
+            batch = {name: tensor.to(model.device) for name, tensor in _batch(tokenizer, prompts).items()}
+            loss = model(**batch, **balanced, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if main:
+                main.take_gradients()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            if main:
+                main.give_weights()
             schedule.step()
             bar.update()
             if step % recipe.measure_every:
@@ -226,20 +257,36 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _device(recipe: Recipe) -> torch.device:
+    """Returns where to train: a recipe for a GPU without training (random weights) is made anywhere."""
+    if recipe.gpu and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if recipe.gpu and recipe.target_reward > 0 and recipe.hidden_size * recipe.layers > _CPU_LIMIT:
+        raise ConfigError(
+            "its warm start needs a GPU and torch sees none here. Build it once where there is one, with R3_CACHE on "
+            "storage that this machine sees too, or set model.warm_start_reward: 0 for random weights"
+        )
+    return torch.device("cpu")
+
+
 def build(recipe: Recipe, out: Path) -> None:
     """Writes config, weights, tokenizer, generation config and `warmstart.json` of a recipe into `out`."""
     started = time.perf_counter()
-    # Summation order, and so every weight, depends on the thread count: fixed here, whatever the environment asks for.
-    torch.set_num_threads(recipe.threads)
-    torch.use_deterministic_algorithms(True)
+    where = _device(recipe)
+    if where.type == "cpu":
+        # Summation order, and so every weight, depends on the thread count: fixed, whatever the environment asks for.
+        torch.set_num_threads(recipe.threads)
+        torch.use_deterministic_algorithms(True)
     task = open_task(
         TaskConfig(name=recipe.task, args={"min_word_len": recipe.min_word_len, "max_word_len": recipe.max_word_len})
     )
     sample = [task.train_prompt(DEMONSTRATIONS_FROM + index) for index in range(recipe.tokenizer_prompts)]
     tokenizer = build_tokenizer(recipe, sample)
-    model = build_model(recipe, tokenizer)
+    # On the GPU at once: random numbers for a billion weights take a CPU half a minute.
+    with where:
+        model = build_model(recipe, tokenizer)
     measurements = supervise(model, tokenizer, task, recipe) if recipe.target_reward > 0 else []
-    _save(model, tokenizer, out)
+    _save(model.to(torch.bfloat16) if recipe.gpu else model, tokenizer, out)
     record = {
         "recipe": asdict(recipe),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -247,6 +294,7 @@ def build(recipe: Recipe, out: Path) -> None:
         "reward": measurements[-1].reward if measurements else None,
         "measured": [asdict(measured) for measured in measurements],
         "seconds": round(time.perf_counter() - started, 1),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -9,6 +9,7 @@ import torch
 
 from r3.config import Config
 from r3.trainer.convert import load_weights
+from r3.trainer.experts import uses_grouped
 from r3.trainer.megatron import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -54,7 +55,8 @@ def build_chunks(
     """Return this stage's chunks in the compute dtype and on the device, with the checkpoint's weights."""
     virtual = config.trainer.virtual_pipeline
     stages = range(virtual) if virtual > 1 else [None]
-    chunks = [build_model(arch, layout, replay=replay, vp_stage=stage) for stage in stages]
+    grouped = uses_grouped(arch, config.trainer)
+    chunks = [build_model(arch, layout, replay=replay, grouped=grouped, vp_stage=stage) for stage in stages]
     load_weights(chunks, arch, directory)
     return [_in_compute_dtype(chunk, layout) for chunk in chunks]
 

@@ -149,7 +149,10 @@ def find_rule(name: str, model_type: str) -> tuple[Rule, tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """One parameter of this rank: its global Megatron name, and which of how many tensor-parallel parts it is."""
+    """One weight of this rank: its global Megatron name, and which of how many tensor-parallel parts it is.
+
+    `index`: where it is one expert's of a parameter that holds several (`r3.trainer.experts`), which of them.
+    """
 
     name: str
     parameter: torch.nn.Parameter
@@ -157,6 +160,11 @@ class Weight:
     sources: tuple[str, ...]
     part: int
     parts: int
+    index: int | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this weight's share of a tensor that is shaped like the parameter; a view."""
+        return tensor if self.index is None else tensor[self.index]
 
 
 def named_weights(chunks: torch.nn.Module | Sequence[torch.nn.Module], arch: Architecture) -> Iterator[Weight]:
@@ -165,13 +173,23 @@ def named_weights(chunks: torch.nn.Module | Sequence[torch.nn.Module], arch: Arc
         while hasattr(chunk, "module"):
             chunk = chunk.module
         for name, parameter in chunk.named_parameters():
-            whole = _global_name(chunk, name)
-            if arch.tied and whole == "output_layer.weight":
-                # The last stage's copy of the embedding, which Megatron keeps equal.
-                whole = "embedding.word_embeddings.weight"
-            rule, sources = find_rule(whole, arch.spec.model_type)
-            part, parts = (0, 1) if rule.cut == "none" else _tensor_rank(expert=".local_experts." in whole)
-            yield Weight(whole, parameter, rule, sources, part, parts)
+            for whole, index in _global_names(chunk, name, parameter):
+                if arch.tied and whole == "output_layer.weight":
+                    # The last stage's copy of the embedding, which Megatron keeps equal.
+                    whole = "embedding.word_embeddings.weight"
+                rule, sources = find_rule(whole, arch.spec.model_type)
+                part, parts = (0, 1) if rule.cut == "none" else _tensor_rank(expert=".local_experts." in whole)
+                yield Weight(whole, parameter, rule, sources, part, parts, index)
+
+
+def _global_names(chunk: GPTModel, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, int | None]]:
+    """Yield the weights that a parameter holds, and where: grouped experts answer to the names of single ones."""
+    grouped = re.fullmatch(r"(.+\.mlp\.experts)\.fc([12])", name)
+    if not grouped:
+        yield _global_name(chunk, name), None
+        return
+    for index in range(len(parameter)):
+        yield _global_name(chunk, f"{grouped[1]}.local_experts.{index}.linear_fc{grouped[2]}.weight"), index
 
 
 def _global_name(chunk: GPTModel, name: str) -> str:
@@ -230,12 +248,13 @@ def load_weights(
         for weight in named_weights(chunks, arch):
             whole = weight.rule.merge(arch, tuple(tensors.read(source) for source in weight.sources))
             value = cut_weight(whole, weight.rule.cut, weight.part, weight.parts)
-            if value.shape != weight.parameter.shape:
+            mine = weight.of(weight.parameter)
+            if value.shape != mine.shape:
                 raise CheckpointError(
                     f"{directory}: {' + '.join(weight.sources)} gives shape {tuple(value.shape)}, "
-                    f"config.json promises {tuple(weight.parameter.shape)}"
+                    f"config.json promises {tuple(mine.shape)}"
                 )
-            weight.parameter.copy_(value)
+            mine.copy_(value)
             if weight.rule.cut != "none":
                 weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
@@ -279,10 +298,10 @@ def _fetch(
     """Return the owner's tensor on rank 0, over the host: the parts are small and go one by one."""
     if rank == owner == 0:
         assert weight is not None
-        return value(weight.parameter)
+        return weight.of(value(weight.parameter))
     if rank == owner:
         assert weight is not None
-        tensor = value(weight.parameter).cpu().contiguous()
+        tensor = weight.of(value(weight.parameter)).cpu().contiguous()
         dist.send_object_list([(tuple(tensor.shape), tensor.dtype)], 0, device=torch.device("cpu"))
         dist.send(tensor.reshape(-1).view(torch.uint8), 0)
     elif rank == 0:

@@ -44,8 +44,9 @@ class TrainerRank:
         """Make the worker: a call of its own, because an error of an actor's constructor loses its type."""
         config, model_dir, rank, world = self._arguments
         if config.trainer.gpus_per_process == 0:
-            # Read once, when torch loads.
+            # Both are read once, when torch loads. A rank on the CPU must not find a GPU that Ray did not give it.
             os.environ["OMP_NUM_THREADS"] = "1"
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         elif config.run.deterministic:
             # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

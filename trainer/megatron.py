@@ -3,9 +3,11 @@
 # ruff: noqa: E402
 from __future__ import annotations
 
+from r3.trainer import rope
 from r3.trainer.cpu import cuda_type_names, import_megatron
 
 import_megatron()
+rope.install()
 
 import megatron.core as megatron_core
 from megatron.core import parallel_state

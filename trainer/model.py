@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from r3.config import TrainerConfig
 from r3.trainer.architecture import Architecture as Architecture
+from r3.trainer.experts import GroupedExperts
 from r3.trainer.megatron import (
     GPTModel,
     ModuleSpec,
@@ -106,9 +107,10 @@ def layout_changes(trainer: TrainerConfig) -> dict[str, Any]:
 
 
 def build_model(
-    arch: Architecture, config: TransformerConfig, *, replay: bool, vp_stage: int | None = None
+    arch: Architecture, config: TransformerConfig, *, replay: bool, grouped: bool = False, vp_stage: int | None = None
 ) -> GPTModel:
-    """Return the model with uninitialised weights; `replay` puts `ReplayRouter` into its layer spec.
+    """Return the model with uninitialised weights; `replay` puts `ReplayRouter` into its layer spec, `grouped` experts
+    as grouped matrix products.
 
     Needs Megatron's parallel state; load weights with `r3.trainer.convert.load_weights` before use. Raises
     `ConfigError` for a router that cannot be replayed.
@@ -118,7 +120,7 @@ def build_model(
     kind = {} if vp_stage is None else {"vp_stage": vp_stage}
     first = get_transformer_layer_offset(config, **kind)
     built = range(first, first + get_num_layers_to_build(config, **kind))
-    layers = [layer_spec(arch, moe=layer in arch.spec.moe_layers, replay=replay) for layer in built]
+    layers = [layer_spec(arch, moe=layer in arch.spec.moe_layers, replay=replay, grouped=grouped) for layer in built]
     return GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
@@ -133,8 +135,8 @@ def build_model(
     )
 
 
-def layer_spec(arch: Architecture, *, moe: bool, replay: bool) -> ModuleSpec:
-    """Return Megatron's local spec of one decoder layer with R3's norm, attention and router."""
+def layer_spec(arch: Architecture, *, moe: bool, replay: bool, grouped: bool = False) -> ModuleSpec:
+    """Return Megatron's local spec of one decoder layer with R3's norm, attention, router and `grouped` experts."""
     layer = get_gpt_layer_local_spec(
         num_experts=arch.spec.num_experts if moe else None,
         moe_grouped_gemm=False,
@@ -147,8 +149,12 @@ def layer_spec(arch: Architecture, *, moe: bool, replay: bool) -> ModuleSpec:
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SdpaAttention
-    if moe and replay:
+    if moe:
         # 0.16 describes the layer by a ModuleSpec, 0.19 by functools.partial(MoELayer, submodules=...).
         mlp = parts.mlp
-        (mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]).router = ReplayRouter
+        inner = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
+        if replay:
+            inner.router = ReplayRouter
+        if grouped:
+            inner.experts = GroupedExperts
     return layer

@@ -7,7 +7,6 @@ sequences (torch_norm.py, dot_product_attention.py; the same in 0.16.1 and 0.19.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from r3.trainer.megatron import MegatronModule, TransformerConfig, parallel_state
-
-# Packed sequences are attended as one padded batch while that costs at most this many times their own rows.
-_PADDING_LIMIT = 2
+from r3.trainer.packing import Packing
 
 
 class RMSNorm(torch.nn.Module):
@@ -72,13 +69,12 @@ class SdpaAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend from `query` to `key` and `value`; return `[s, b, heads * d]`, packed `[t, heads * d]`.
 
-        Padded: `[s, b, heads or groups, d]`. Packed: `[t, heads or groups, d]` and `cu_seqlens_q` of whole sequences.
+        Padded: `[s, b, heads or groups, d]`. Packed: `[t, heads or groups, d]` with a `Packing` of whole sequences.
         """
         if packed_seq_params is None:
             return self._padded(query, key, value).flatten(2)
-        bounds = packed_seq_params.cu_seqlens_q
-        lengths = (bounds[1:] - bounds[:-1]).tolist()
-        return self._packed(query, key, value, lengths).flatten(1)
+        assert isinstance(packed_seq_params, Packing)
+        return self._packed(query, key, value, packed_seq_params).flatten(1)
 
     def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """All sequences of one length, `[s, b, heads, d]`."""
@@ -92,42 +88,35 @@ class SdpaAttention(MegatronModule):
             parts.append(self._attend(part, keys[:end], values[:end]))
         return torch.cat(parts)
 
-    def _packed(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
-    ) -> torch.Tensor:
-        """Sequences of `lengths` (whole, over all context ranks) end to end, `[t, heads, d]`."""
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Sequences end to end, `[t, heads, d]`."""
         size, rank = self.context_group.size(), self.context_group.rank()
-        if size == 1 and len(lengths) * max(lengths) <= _PADDING_LIMIT * sum(lengths):
-            return self._as_padded_batch(query, key, value, lengths)
-        local = [length // size for length in lengths]
-        if size > 1:
-            key, value = _Gather.apply(torch.stack([key, value]), self.context_group)
-            keys, values = (
-                [_in_order(torch.stack(ranks)) for ranks in zip(*(one.split(local) for one in part), strict=True)]
-                for part in (key, value)
-            )
-        else:
-            keys, values = list(key.split(local)), list(value.split(local))
+        if size == 1:
+            return self._as_padded_batches(query, key, value, packing)
+        local = [length // size for length in packing.lengths]
+        key, value = _Gather.apply(torch.stack([key, value]), self.context_group)
+        keys, values = (
+            [_in_order(torch.stack(ranks)) for ranks in zip(*(one.split(local) for one in part), strict=True)]
+            for part in (key, value)
+        )
         mixed = []
         for q, k, v in zip(query.split(local), keys, values, strict=True):
-            chunk = len(q) // 2 if size > 1 else len(q)
-            indices = (rank, 2 * size - 1 - rank) if size > 1 else (0,)
-            for part, index in zip(q.split(chunk), indices, strict=True):
-                end = (index + 1) * chunk
+            for part, index in zip(q.split(len(q) // 2), (rank, 2 * size - 1 - rank), strict=True):
+                end = (index + 1) * (len(q) // 2)
                 mixed.append(self._attend(part[:, None], k[:end, None], v[:end, None])[:, 0])
         return torch.cat(mixed)
 
-    def _as_padded_batch(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int]
+    def _as_padded_batches(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
     ) -> torch.Tensor:
-        """One call for many sequences of similar length beats one call each: small kernels cost their launch."""
-        sizes = torch.tensor(lengths, device=query.device)
-        begins = sizes.cumsum(0) - sizes
-        steps = torch.arange(max(lengths), device=query.device)
-        # [s, b]; pads repeat the last token, right of every token that is read back.
-        index = begins + steps[:, None].minimum(sizes - 1)
-        mixed = self._attend(query[index], key[index], value[index])
-        return mixed.transpose(0, 1)[(steps < sizes[:, None])]
+        assert packing.back is not None
+        mixed = []
+        for rows in packing.batches:
+            flat, shape = rows.flatten(), rows.shape
+            # Not by `[]`, whose backward sorts: a pad's gradient is zero, so it does not matter who adds it when.
+            parts = (one.index_select(0, flat).unflatten(0, shape) for one in (query, key, value))
+            mixed.append(self._attend(*parts).flatten(0, 1))
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).index_select(0, packing.back)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend causally, the last query seeing every key; `[s, b, heads, d]` to `[n, b, groups, d]`, `n >= s`."""

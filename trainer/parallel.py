@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,6 +122,12 @@ def any_over_stages(flags: torch.Tensor) -> torch.Tensor:
 def device() -> torch.device:
     """Return this rank's device: the GPU that it was given, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
+    """Return a copy of a host array on a device; on a GPU the copy is queued, so that the host does not wait for it."""
+    tensor = torch.from_numpy(np.array(array))
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
 
 
 def _own_address() -> str:

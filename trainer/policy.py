@@ -20,8 +20,9 @@ from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
-from r3.trainer.megatron import PackedSeqParams, finalize_model_grads, get_forward_backward_func, parallel_state
-from r3.trainer.parallel import device, place
+from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func, parallel_state
+from r3.trainer.packing import Packing
+from r3.trainer.parallel import device, place, upload
 from r3.trainer.replay import AuditPairs, MicrobatchRouting, ReplayContext
 from r3.trainer.rows import RowClasses
 from r3.trainer.sampling import audit_rows
@@ -223,10 +224,9 @@ class Policy:
 
         def forward_step(source: Any, module: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., LossOutput]]:
             index, microbatch = next(source)
-            tokens, positions = (
-                torch.from_numpy(a.copy()).to(where) for a in (microbatch.tokens, microbatch.positions)
-            )
-            call = partial(module, tokens, positions, None, packed_seq_params=_packed(microbatch, where))
+            tokens, positions = (upload(array, where) for array in (microbatch.tokens, microbatch.positions))
+            packing = None if microbatch.lengths is None else Packing.of(microbatch.lengths, where)
+            call = partial(module, tokens, positions, None, packed_seq_params=packing)
             if chunks is self._reference:
                 return call(), partial(loss, microbatch)
             chunk = next(index for index, one in enumerate(chunks) if one is module)
@@ -249,12 +249,16 @@ class Policy:
 
     def _trained(self, microbatch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return step-wide indices, log-probs and entropies of the microbatch's trained tokens, each `[n]`."""
-        targets = torch.from_numpy(microbatch.targets).to(logits.device)
-        labels = torch.from_numpy(microbatch.labels).to(logits.device)
-        rows = targets >= 0
+        # On the host, where the number of trained rows is known without a look at the device.
+        rows = np.flatnonzero(microbatch.targets >= 0)
+        targets, labels, picked = (
+            upload(array, logits.device)
+            for array in (microbatch.targets.reshape(-1)[rows], microbatch.labels.reshape(-1)[rows], rows)
+        )
         group = parallel_state.get_tensor_model_parallel_group()
-        logprobs, entropy = token_logprobs(logits[rows], labels[rows], self._config.rollout.temperature, group)
-        return targets[rows], logprobs, entropy
+        trained = logits.flatten(0, 1).index_select(0, picked)
+        logprobs, entropy = token_logprobs(trained, labels, self._config.rollout.temperature, group)
+        return targets, logprobs, entropy
 
     def _no_loss(self, microbatch: MicroBatch, logits: torch.Tensor) -> LossOutput:
         targets, logprobs, _ = self._trained(microbatch, logits)
@@ -267,7 +271,7 @@ class Policy:
 
         def trained(values: NDArray[np.floating]) -> torch.Tensor:
             flat = values[microbatch.targets[microbatch.targets >= 0]]
-            return torch.from_numpy(flat.astype(np.float32)).to(logits.device)
+            return upload(flat.astype(np.float32), logits.device)
 
         terms = policy_loss(
             self._objective,
@@ -285,7 +289,7 @@ def _routing(
     microbatch: MicroBatch, use: RoutingUse | None, where: torch.device, own: dict[int, torch.Tensor]
 ) -> MicrobatchRouting:
     def tensor(array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(where)
+        return upload(array, where)
 
     audit = None
     if use is not None and use.audit:
@@ -316,16 +320,6 @@ def _with_own(microbatch: MicroBatch, ids: Mapping[int, torch.Tensor], num_exper
     joined = torch.stack([ids[column] for column in sorted(ids)], 1).cpu().numpy().astype(expert_dtype(num_experts))
     experts = np.ascontiguousarray(joined.reshape(rows, b, *joined.shape[1:]).swapaxes(0, 1))
     return replace(microbatch, experts=experts, recorded=~microbatch.pads)
-
-
-def _packed(microbatch: MicroBatch, where: torch.device) -> PackedSeqParams | None:
-    if microbatch.lengths is None:
-        return None
-    bounds = torch.tensor([0, *np.cumsum(microbatch.lengths)], dtype=torch.int32, device=where)
-    longest = max(microbatch.lengths)
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
 
 
 def _count(targets: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from r3 import metrics
 from r3.audit import Alarm, AuditError, find_alarms, overlap_metrics
 from r3.checkpoint import FileRecord
 from r3.config import Config
+from r3.errors import ConfigError
 from r3.metrics import RouterCounts
 from r3.routing import ExpertIds
 from r3.tokens import observes_tokens
@@ -83,6 +84,11 @@ class TrainerWorker:
     """
 
     def __init__(self, config: Config, model_dir: str, rank: int, world: int, total_optimizer_steps: int) -> None:
+        if config.trainer.gpus_per_process and not torch.cuda.is_available():
+            raise ConfigError(
+                f"trainer.gpus_per_process={config.trainer.gpus_per_process:g}, but torch {torch.__version__} sees no "
+                "CUDA device; set it to 0 to train on the CPU, or install a CUDA build of torch and its driver"
+            )
         if not torch.cuda.is_available():
             # A rank's small matrices gain nothing from threads, and waiting ones steal the core from other ranks.
             torch.set_num_threads(1)
@@ -105,6 +111,9 @@ class TrainerWorker:
         limit = self._config.trainer.timeout_s
         store = self._store or dist.TCPStore(host, port, self._world, is_master=False)
         layout = self._config.trainer
+        if torch.cuda.is_available():
+            # Ray shows a rank its own GPU alone. An engine that shares it has taken its part before.
+            torch.cuda.set_per_process_memory_fraction(layout.mem_fraction)
         parallel.join(store, self._rank, self._world, seed=self._config.run.seed, timeout_s=limit, layout=layout)
         torch.use_deterministic_algorithms(self._config.run.deterministic)
         self.policy = Policy(self._config, self._arch, self._directory, self._updates)

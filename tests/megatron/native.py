@@ -65,7 +65,7 @@ class NativeReplay:
             return call()
         begin = time.perf_counter()
         # There is no mark for a row without a record, so each needs some ids; the lowest are distinct.
-        filler = torch.arange(routing.experts.shape[-1])
+        filler = torch.arange(routing.experts.shape[-1], device=routing.experts.device)
         ids = [
             router_order(torch.where(routing.recorded[..., None], routing.experts[:, :, self._local[layer]], filler))
             for layer in layers

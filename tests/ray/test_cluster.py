@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from r3.cluster import Demand, _reserve, demand, ray_cluster
-from r3.config import Config
+from r3.config import Config, load_config
 from r3.errors import EngineError
 
 pytestmark = pytest.mark.ray
@@ -92,9 +93,56 @@ def test_a_cluster_that_others_fill_is_refused_in_time(two_nodes, monkeypatch):
         alone(enter_a_full_one, wanted)
 
 
+def gpus_of(place: object, actors: int, share: float) -> list[str]:
+    """The GPUs that an actor in each bundle of a placement group sees."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def visible() -> str:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    remote = ray.remote(visible)
+    spots = [PlacementGroupSchedulingStrategy(place, index) for index in range(actors)]
+    calls = [remote.options(num_cpus=1, num_gpus=share, scheduling_strategy=spot).remote() for spot in spots]
+    return ray.get(calls, timeout=120)
+
+
+def gpus_of_run(name: str, gpus: int) -> tuple[list[str], list[str]]:
+    """What the rollout workers and the trainer ranks of a shipped config see on a host with that many GPUs."""
+    import ray
+
+    wanted = load_config(name)
+    # Ray takes the number as it is told; nothing touches a device.
+    ray.init(address="local", num_cpus=8, num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+    places, rollout, trainer = _reserve(wanted), wanted.rollout, wanted.trainer
+    return (
+        gpus_of(places.rollout, rollout.workers, rollout.gpus_per_worker),
+        gpus_of(places.trainer, trainer.processes, trainer.gpus_per_process),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "rollout", "trainer"),
+    [
+        ("grpo_qwen3moe_1gpu.yaml", 1, 1, 1),
+        pytest.param("grpo_qwen3moe_2gpu.yaml", 2, 1, 1, marks=pytest.mark.slow),
+        ("grpo_qwen3moe_4gpu.yaml", 4, 2, 2),
+        pytest.param("grpo_qwen3_30b_a3b.yaml", 8, 1, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_every_actor_sees_its_own_gpus(name, gpus, rollout, trainer):
+    engines, ranks = alone(gpus_of_run, name, gpus)
+    assert (len(engines), len(ranks)) == (rollout, trainer)
+    seen = [gpu for visible in [*engines, *ranks] for gpu in visible.split(",")]
+    assert set(seen) == {str(gpu) for gpu in range(gpus)}
+    # One GPU is shared by both sides, more than one by nobody.
+    assert len(seen) == (2 if gpus == 1 else gpus)
+    assert all(len(visible.split(",")) == 1 for visible in ranks)
+
+
 def test_demand_counts_every_actor():
-    wanted = config(rollout={"workers": 2, "gpus_per_worker": 1}, trainer={"processes": 4, "gpus_per_process": 0.5})
-    assert demand(wanted) == Demand(cpus=6, gpus=4)
+    wanted = config(rollout={"workers": 3, "gpus_per_worker": 0.5}, trainer={"processes": 4, "gpus_per_process": 1})
+    assert demand(wanted) == Demand(cpus=7, gpus=5.5)
 
 
 def test_the_runtime_environment_is_one_that_ray_accepts():

@@ -219,6 +219,41 @@ def test_every_field_of_the_recipe_changes_the_folder() -> None:
         assert changed.digest() != recipe.digest(), field
 
 
+def test_models_that_are_cached_already_are_found() -> None:
+    assert RECIPES["tiny-qwen3moe"].digest() == "6365ee2e658c"
+    assert RECIPES["tiny-qwen3"].digest() == "6e17eb71f32a"
+
+
+def test_a_model_for_a_gpu_is_not_trained_on_a_cpu(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"needs a GPU .* R3_CACHE .* model\.warm_start_reward: 0"):
+        resolve_model("builtin:qwen3moe-1b", target_reward=0.35, seed=0)
+
+
+def test_half_precision_weights_follow_adamw_on_fp32_ones() -> None:
+    import torch
+
+    from r3.warmstart import MainWeights
+
+    torch.manual_seed(0)
+    model, twin = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    twin.load_state_dict(model.state_dict())
+    main = MainWeights(model)  # type: ignore[arg-type]
+    optimizers = [torch.optim.AdamW(weights, lr=1e-4) for weights in (main.weights, twin.parameters())]
+    for _ in range(50):
+        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+            gradient = torch.randn_like(other).bfloat16()
+            parameter.grad, other.grad = gradient.clone(), gradient.float()
+        main.take_gradients()
+        for optimizer in optimizers:
+            optimizer.step()
+        main.give_weights()
+    for weight, parameter, expected in zip(main.weights, model.parameters(), twin.parameters(), strict=True):
+        # Steps of 1e-4 vanish in bfloat16 and add up in fp32.
+        assert torch.equal(weight, expected)
+        assert torch.equal(parameter, expected.bfloat16())
+        assert parameter.grad is None
+
+
 def test_damaged_or_half_built_folders_are_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = pretend_build(monkeypatch)
     folder = resolve_model(NAME, target_reward=0.3, seed=0)

@@ -101,7 +101,6 @@ def rename_key(directory: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors does not exist; is the checkpoint complete?"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "is not a safetensors file"),
         (lambda d: (d / "model.safetensors").open("ab").write(b"x"), "fetch it again"),
         (lambda d: (d / "tokenizer.json").unlink() or (d / "tokenizer_config.json").unlink(), "holds no tokenizer"),
@@ -120,6 +119,17 @@ def test_a_model_directory_that_cannot_work_is_refused(tmp_path: Path, model: Pa
     broken = shutil.copytree(model, tmp_path / "broken")
     damage(broken)
     refused(run_module(*TRAIN, "--dry-run", f"model={broken}"), 2, message)
+
+
+def test_a_plan_needs_no_weights_and_a_run_does(tmp_path: Path, model: Path) -> None:
+    counted = run_module(*TRAIN, "--dry-run", f"model={model}").stdout
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    planned = run_module(*TRAIN, "--dry-run", f"model={bare}")
+    assert planned.returncode == 0, planned.stderr
+    assert "(no weights there; sizes follow from config.json)" in planned.stdout
+    assert "follow from" not in counted
+    message = "model.safetensors does not exist; is the checkpoint complete?"
+    refused(run_module(*TRAIN, f"model={bare}", f"run.dir={tmp_path}/run"), 2, message)
 
 
 def test_a_run_directory_that_holds_something_is_left_alone(tmp_path: Path, model: Path) -> None:

@@ -112,7 +112,7 @@ def test_configs_are_found_by_path_then_locally_then_in_the_package(tmp_path, mo
     assert load_config("grpo_qwen3moe.yaml").run.steps == 7
     (tmp_path / "grpo_qwen3moe.yaml").write_text("run: {steps: 8}")
     assert load_config("grpo_qwen3moe.yaml").run.steps == 8
-    with pytest.raises(ConfigError, match=r"nothing\.yaml.*ships grpo_qwen3moe\.yaml"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml.*ships .*grpo_qwen3moe\.yaml"):
         find_config("nothing.yaml")
 
 
@@ -203,3 +203,20 @@ def test_checks_across_keys_are_in_the_same_report(overrides, messages, absent):
         load_config(None, overrides)
     assert not [text for text in messages if text not in str(caught.value)], str(caught.value)
     assert not [text for text in absent if text in str(caught.value)], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.gpus_per_process=2"], "a rank works on one GPU"),
+        (["trainer.gpus_per_process=0.5", "trainer.processes=2"], "NCCL connects no two ranks on one GPU"),
+        (["rollout.gpus_per_worker=1.5"], "name a share of one GPU, or a whole number"),
+        (
+            ["rollout.gpus_per_worker=0.5", "rollout.mem_fraction=0.5", "trainer.gpus_per_process=0.5"],
+            "trainer.mem_fraction=1 share a GPU and add up to 1.5; leave 10%",
+        ),
+    ],
+)
+def test_shares_of_a_gpu_that_cannot_be(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)

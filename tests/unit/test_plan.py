@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from r3.builtin import RECIPES
 from r3.config import Config, load_config
 from r3.errors import ConfigError
 from r3.plan import count_parameters, human, model_size, plan, render
+from r3.preflight import check
 from tests.tiny_model import write_files
 from tests.tiny_weights import write_weights
 
@@ -95,6 +97,59 @@ def test_a_config_without_a_needed_key_is_named(large: Path) -> None:
     (large / "config.json").write_text(text)
     with pytest.raises(ConfigError, match="has no 'num_key_value_heads'"):
         model_size(load_config(None, [f"model={large}"]))
+
+
+QWEN3_30B_A3B = {
+    "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+    "vocab_size": 151936, "max_position_embeddings": 40960,
+}  # fmt: skip
+
+
+@pytest.fixture
+def only_a_config(tmp_path: Path) -> Path:
+    """The published config.json of Qwen3-30B-A3B, and nothing else."""
+    written = write_files(tmp_path / "whole", **QWEN3_30B_A3B) / "config.json"
+    (tmp_path / "bare").mkdir()
+    return written.rename(tmp_path / "bare" / "config.json").parent
+
+
+def test_a_config_alone_gives_the_published_number_of_parameters(only_a_config: Path) -> None:
+    config = load_config("grpo_qwen3_30b_a3b.yaml", [f"model={only_a_config}"])
+    size = check(config, planned=True)
+    assert size.parameters == 30_532_122_624
+    found = plan(config, size)
+    # Three stages; experts over two ranks, the rest of a stage on both.
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert found.trainer_weights == 2 * math.ceil((size.parameters - experts) / 3 + experts / 6)
+    assert found.optimizer == 12 * math.ceil(size.parameters / 6)
+    assert found.engine == (2 * size.parameters + 2**20 * 48 * 2 * 4 * 128 * 2) / 2
+    lines = render(config, size, found)
+    assert any("a rollout GPU of 139 GiB: 76.4 GiB of 111.2 GiB (rollout.mem_fraction)" in line for line in lines)
+    assert any("a trainer GPU of 139 GiB: 86.7 GiB of 132.0 GiB (trainer.mem_fraction)" in line for line in lines)
+
+
+def test_a_plan_that_does_not_fit_the_stated_gpus_is_refused(only_a_config: Path) -> None:
+    config = load_config("grpo_qwen3_30b_a3b.yaml", [f"model={only_a_config}", "run.gpu_memory_gib=80"])
+    with pytest.raises(ConfigError) as caught:
+        check(config, planned=True)
+    text = str(caught.value)
+    assert "a rollout worker needs 76.4 GiB on each of its GPUs, rollout.mem_fraction=0.8" in text
+    assert "a trainer rank needs 86.7 GiB on each of its GPUs, trainer.mem_fraction=0.95" in text
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("1gpu", 1), ("2gpu", 1), ("4gpu", 2)])
+def test_the_shipped_configs_for_gpus_pass_their_checks(
+    name: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("R3_CACHE", str(tmp_path))
+    config = load_config(f"grpo_qwen3moe_{name}.yaml", ["run.gpu_memory_gib=80"])
+    size = check(config, planned=True)
+    assert config.trainer.processes == ranks
+    assert 0.5e9 < size.parameters < 1.5e9
+    row = size.arch.groups * size.arch.head_dim * 2
+    assert row in (256, 512, 1024, 2048)
+    assert size.arch.head_dim in (64, 128)
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3.0 TiB")])

@@ -1,0 +1,257 @@
+#!/usr/bin/env python
+"""Measure what replay takes of a training step, beside Megatron-core's own RouterReplay; write a table.
+
+    python scripts/bench/replay.py                                   # one GPU, builtin:qwen3moe-1b
+    python scripts/bench/replay.py --tiny --out /tmp/replay.json     # proves the script, on a CPU
+
+A step is what the trainer does with one batch: lay out the microbatches, recompute the log-probs, one update. Three
+ways, interleaved, all on the same random balanced routing, so that the experts' products are the same:
+
+    off     the router chooses for itself (top-k), and ready ids on the device take the choice's place
+    r3      the records are forced, counted and audited, as in every step of a run
+    native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts and checks nothing
+
+A round runs each way once, in an order that rotates. The ratio of a way is the geometric mean over rounds of its time
+over that of `off` in the same round. The table is written after each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from r3.builtin import resolve_model
+from r3.trainer import parallel
+from r3.trainer.batching import MicroBatch, StepBatch, microbatch, share
+from r3.trainer.model import Architecture
+from r3.trainer.policy import Policy, RoutingUse
+from r3.trainer.replay import MicrobatchRouting, ReplayContext, router_order
+from r3.trainer.tally import Tally
+from r3.types import Batch, ModelSpec, Trajectory
+from scripts.bench.table import Row, environment, paired, row, write
+from tests.megatron.native import NativeReplay, native_policy
+from tests.megatron.toys import make_advantages, make_config, make_trace, write_model
+
+WAYS = ("off", "r3", "native")
+_OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "replay.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One step in one way: wall seconds, and the most bytes of GPU memory in it (0 on a CPU)."""
+
+    seconds: float
+    peak: int
+
+
+class GivenRouting:
+    """`ReplayContext`'s interface for the way `off`: ids are on the device before the step, nothing is counted."""
+
+    def __init__(self, layers: Sequence[int], ids: Sequence[dict[int, torch.Tensor]]) -> None:
+        # `ids`: for each microbatch of a pass, int64 [s * b, k] by layer.
+        self._ids, self._active = ids, -1
+        self.columns, self._layers, self._calls = tuple(range(len(layers))), len(layers), 0
+        self._pads: torch.Tensor | None = None
+
+    @contextmanager
+    def measured(self, device: torch.device) -> Iterator[Tally]:
+        self._calls = 0
+        yield Tally.zero(self._layers, device)
+
+    def run(self, routing: MicrobatchRouting, call: Callable[[], torch.Tensor], chunk: int = 0) -> torch.Tensor:
+        index, pads = self._calls, routing.pads.T
+        self._calls += 1
+        self._active, self._pads = index, pads
+        output = call()
+        if output.requires_grad:
+            output.register_hook(partial(self._enter_backward, index, pads))
+        return output
+
+    def _enter_backward(self, index: int, pads: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._active, self._pads = index, pads
+
+    def pads(self) -> torch.Tensor | None:
+        return self._pads
+
+    def visit(self, layer: int) -> _Given:
+        return _Given(self._ids[self._active][layer])
+
+
+class _Given:
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._ids = ids
+
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, groups: Any = None, group_topk: Any = None, default: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        default(scores, topk, groups, group_topk)
+        return scores.gather(1, self._ids), self._ids
+
+    def account(self, routing_map: torch.Tensor) -> None:
+        """Nothing is counted."""
+
+
+class Bench:
+    """The three ways over one batch."""
+
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+        self._arch, self._size = Architecture.from_directory(directory), options.micro_batch_size
+        trainer = {"micro_batch_size": self._size, "recompute": options.recompute, "dtype": options.dtype,
+                   "experts": options.experts, "lr": 1e-6}  # fmt: skip
+        config = make_config(trainer=trainer)
+        self.ours = Policy(config, self._arch, directory, updates=10_000)
+        self.native = native_policy(config, directory)
+        batches = [make_batch(self._arch.spec, options.tokens, options.length, routing) for routing in (True, False)]
+        self._with, self._without = (
+            StepBatch.join([batch], make_advantages(batch), self._arch.spec) for batch in batches
+        )
+        self.tokens = self._with.tokens
+        self._replay = self.ours.replay
+        layers = self._arch.spec.moe_layers
+        self._given = GivenRouting(layers, [self._ids(one) for one in self._laid_out(self.ours, self._with)])
+
+    def run(self, way: str) -> Run:
+        """Run one step."""
+        policy, step = self.native if way == "native" else self.ours, self._without if way == "off" else self._with
+        use = None if way == "off" else RoutingUse(force=True, audit=way == "r3")
+        self._bind(self._given if way == "off" else self._replay)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        begin = _now()
+        microbatches = self._laid_out(policy, step)
+        old = policy.logprobs(microbatches, step, use)
+        if isinstance(policy.replay, NativeReplay):
+            policy.replay.clear()
+        policy.update(microbatches, step, old.logprobs, None, None if use is None else RoutingUse(force=True))
+        seconds = _now() - begin
+        if isinstance(policy.replay, NativeReplay):
+            policy.replay.clear()
+        return Run(seconds, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+    def _bind(self, context: ReplayContext | GivenRouting) -> None:
+        self.ours.replay = context  # type: ignore[assignment]
+        for chunk in self.ours.chunks:
+            for module in chunk.modules():
+                if hasattr(module, "context") and hasattr(module, "topk"):
+                    module.context = context
+
+    def _laid_out(self, policy: Policy, step: StepBatch) -> list[MicroBatch]:
+        plan = share(step.trajectories, mini_steps=1, rank=0, world=1, micro_batch_size=self._size)
+        return [microbatch(step, samples, self._arch.spec, policy.form) for samples in plan[0]]
+
+    def _ids(self, one: MicroBatch) -> dict[int, torch.Tensor]:
+        assert one.experts is not None
+        # Rows without a record (pads, last tokens) get the ids of the row before.
+        experts = one.experts.copy()
+        for b, s in np.argwhere(~one.recorded):
+            experts[b, s] = experts[b, s - 1] if s else np.arange(experts.shape[-1])
+        found = torch.from_numpy(experts).to(parallel.device())
+        return {
+            layer: router_order(found[:, :, column]).long() for column, layer in enumerate(self._arch.spec.moe_layers)
+        }
+
+
+def make_batch(spec: ModelSpec, tokens: int, length: int, routing: bool) -> Batch:
+    """Return trajectories of `length` tokens, half of them response, with random balanced routing."""
+    rng = np.random.default_rng(0)
+    made = []
+    for member in range(max(1, tokens // length)):
+        ids = rng.integers(0, spec.vocab_size, length).astype(np.int32)
+        wide = np.argsort(rng.random((length - 1, len(spec.moe_layers), spec.num_experts), np.float32), -1)
+        trace = make_trace(spec, wide[..., : spec.top_k], ids) if routing else None
+        logprobs = np.full(length // 2, -5, np.float32)
+        made.append(Trajectory(0, member, ids, length - length // 2, logprobs, trace, 0.0, "stop", 0, spec.fingerprint))
+    return Batch.pack(made)
+
+
+def rows_of(rounds: Sequence[dict[str, Run]], tokens: int) -> list[Row]:
+    """Return the table's rows."""
+    rows = []
+    for way in WAYS:
+        seconds = [found[way].seconds for found in rounds]
+        ratio, interval = paired([found[way].seconds / found["off"].seconds for found in rounds])
+        rows.append(row(f"{way}, step", 1e3 * float(np.median(seconds)), "ms", "off, step", ratio,
+                        interval if way != "off" else ()))  # fmt: skip
+    rows.append(row("r3, tokens of a step", tokens, "tokens"))
+    rows.append(row("rounds", len(rounds), "rounds"))
+    if rounds[0]["off"].peak:
+        base = max(found["off"].peak for found in rounds)
+        for way in WAYS:
+            peak = max(found[way].peak for found in rounds)
+            rows.append(row(f"{way}, peak memory", peak, "B", "off, peak memory", peak / base))
+    return rows
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    begin = time.monotonic()
+    torch.set_num_threads(1)
+    parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=600)
+    with tempfile.TemporaryDirectory() as place:
+        if options.tiny:
+            directory = write_model(Path(place) / "model")
+            options.tokens, options.length, options.micro_batch_size = 512, 64, 4
+        else:
+            directory = resolve_model(options.model, target_reward=0, seed=0)
+        bench = Bench(directory, options)
+        facts = {"model": "tiny" if options.tiny else options.model, "dtype": options.dtype,
+                 "experts": options.experts, "recompute": options.recompute, "length": options.length,
+                 "micro_batch_size": options.micro_batch_size}  # fmt: skip
+        made, rounds = environment(**facts), []
+        for _ in range(options.warm_up):
+            for way in WAYS:
+                bench.run(way)
+        while len(rounds) < options.rounds and time.monotonic() - begin < options.seconds:
+            turn = len(rounds) % len(WAYS)
+            rounds.append({way: bench.run(way) for way in WAYS[turn:] + WAYS[:turn]})
+            rows = rows_of(rounds, bench.tokens)
+            write(options.out, made, rows)
+        if not rounds:
+            sys.exit(f"no round fits into --seconds {options.seconds:g}")
+        for one in rows:
+            print(f"{one['name']:<24} {one['value']:>12g} {one['unit']:<6} {one['ratio'] or '':<10} {one['ci95']}")
+    parallel.leave()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--model", default="builtin:qwen3moe-1b", help="a built-in model (random) or a directory")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and batch, to see that it runs")
+    parser.add_argument("--tokens", type=int, default=65_536, help="tokens of a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a trajectory")
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="trajectories of a microbatch")
+    parser.add_argument("--recompute", default="none", choices=["none", "full", "selective"])
+    parser.add_argument("--experts", default="auto", choices=["auto", "sequential", "grouped"])
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--seconds", type=float, default=600, help="no new round begins after this")
+    parser.add_argument("--out", type=Path, default=_OUT)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

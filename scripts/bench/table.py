@@ -1,0 +1,105 @@
+"""The form of docs/benchmarks/*.json: rows with ratios and intervals, the host, versions and commit that made them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "ray")
+# Two-sided 95 % quantile of Student's t by number of pairs; beyond them it changes little.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+_RESAMPLES = 10_000
+
+Row = dict[str, Any]
+
+
+def row(
+    name: str, value: float, unit: str, baseline: str = "", ratio: float | None = None, ci95: Sequence[float] = ()
+) -> Row:
+    """Return a row: `value` in `unit`, its `ratio` to the row `baseline`, and the interval of what is last of them."""
+    return {
+        "name": name,
+        "value": _rounded(value),
+        "unit": unit,
+        "baseline": baseline,
+        "ratio": None if ratio is None else _rounded(ratio),
+        "ci95": [_rounded(bound) for bound in ci95],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def paired(ratios: Sequence[float]) -> tuple[float, tuple[float, ...]]:
+    """Return the geometric mean of paired ratios and its 95 % interval (Student's t); none from one pair."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.mean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), ()
+    quantile = _STUDENT[min(len(logs) - 2, len(_STUDENT) - 1)]
+    half = quantile * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
+
+
+def bootstrap(values: Sequence[float], below: Sequence[float] | None = None) -> tuple[float, tuple[float, ...]]:
+    """Return the mean of `values` (over that of `below`, in pairs) and its 95 % percentile interval over resamples.
+
+    No interval from fewer than three values.
+    """
+    parts = [np.asarray(part, np.float64) for part in (values, below) if part is not None]
+
+    def of(sums: list[Any]) -> Any:
+        return sums[0] if len(sums) == 1 else sums[0] / sums[1]
+
+    value = float(of([part.mean() for part in parts]))
+    if len(values) < 3:
+        return value, ()
+    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(of([part[drawn].mean(1) for part in parts]), [2.5, 97.5])
+    return value, (float(low), float(high))
+
+
+def environment(**facts: Any) -> Row:
+    """Return host, versions and commit of this process, and `facts`."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    host = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU"
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "host": f"{host}, {os.cpu_count()} cores, {platform.machine()}",
+        "versions": versions,
+        "commit": commit(),
+    } | facts
+
+
+def commit() -> str:
+    """Return the commit of this tree, from `R3_COMMIT` where it came without its history."""
+    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return os.environ.get("R3_COMMIT") or found.stdout.strip() or "unknown"
+
+
+def write(file: Path, made: Row, rows: Sequence[Row]) -> None:
+    """Replace `file` by `{"environment": ..., "rows": [...]}`, a row a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(one) for one in rows)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(f'{{"environment": {json.dumps(made)},\n "rows": [\n  {lines}\n ]}}\n')
+    os.replace(part, file)

@@ -1,0 +1,101 @@
+"""The engine on a GPU, with CUDA graphs, overlap scheduling and a prefix cache: rows are those of its forward passes.
+
+The reference is a Hugging Face forward in float32, the engine computes in bfloat16: near a tie they may choose
+otherwise, so agreement is asked for as a share, and exactly where the reference's choice is clear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from r3.config import Config
+from r3.rollout.engine import Generation, Request, Sampling
+from tests.engines import reference, scenarios
+from tests.real_engine import StampingHost, engine_config
+from tests.tiny_model import EOS, VOCAB_SIZE
+
+pytestmark = pytest.mark.gpu
+
+Worker = Callable[..., Any]
+# Probability by which the last chosen expert must lead for bfloat16 to choose it as well.
+CLEAR = 0.02
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir: Path) -> Iterator[Worker]:
+    """An engine on a share of the GPU, in a Ray actor as in a run, with little KV and small chunks."""
+    import ray
+
+    config = gpu_config()
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    actor = ray.remote(StampingHost).options(num_cpus=1, num_gpus=0.5).remote(config, str(model_dir), 0)
+
+    def call(method: str, *arguments: Any, **options: Any) -> Any:
+        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=400)
+
+    call("start")
+    yield call
+    call("close")
+    ray.shutdown()
+
+
+def gpu_config() -> Config:
+    arguments = {"attention_backend": "triton", "sampling_backend": "pytorch", "grammar_backend": "none",
+                 "chunked_prefill_size": 64, "schedule_conservativeness": 0.01}  # fmt: skip
+    return engine_config(
+        dtype="bfloat16", gpus_per_worker=0.5, mem_fraction=0.3, max_total_tokens=4096, engine_args=arguments
+    )
+
+
+def requests(count: int, seed: int, longest: int = 150) -> list[Request]:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, longest + 1, count)
+    return [Request(generator.integers(2, VOCAB_SIZE, int(length)).astype(np.int32)) for length in lengths]
+
+
+def assert_rows(model: Path, answers: list[Generation]) -> None:
+    same = clear = total = wrong = 0
+    for answer in answers:
+        assert answer.defect is None
+        assert answer.routing is not None
+        assert answer.routing.rows == len(answer.tokens) - 1
+        answer.routing.verify(answer.tokens)
+        found = reference.forward(model, answer.tokens)
+        agree = (np.sort(answer.routing.experts, axis=-1) == found.experts[:-1]).all(axis=-1)
+        leads = found.margins[:-1] > CLEAR
+        same, total = same + int(agree.sum()), total + agree.size
+        clear, wrong = clear + int(leads.sum()), wrong + int((leads & ~agree).sum())
+    assert same / total > 0.9, f"{same} of {total} rows agree"
+    assert clear > 100
+    assert wrong / clear < 0.001, f"{wrong} of {clear} clear rows differ"
+
+
+def test_mixed_lengths_cold_and_from_the_cache(engine: Worker, model_dir: Path) -> None:
+    prompts = requests(64, seed=1)
+    sampling = Sampling(1.0, 24, ignore_eos=True)
+    cold, warm = (engine("engine", "generate", prompts, sampling, capture=True) for _ in range(2))
+    assert sum(answer.cached_tokens for answer in warm) > 1000
+    assert_rows(model_dir, [*cold, *warm])
+
+
+def test_retraction_under_kv_pressure(engine: Worker, model_dir: Path) -> None:
+    answers = engine(
+        # SGLang believes that answers end early, as it does not of requests that ignore their end.
+        "engine",
+        "generate",
+        requests(64, seed=5, longest=20),
+        Sampling(1.0, 120, (EOS,)),
+        capture=True,
+    )
+    assert_rows(model_dir, [answer for answer in answers if not answer.stale])
+
+
+def test_an_aborted_request_brings_the_rows_that_it_ran(engine: Worker, model_dir: Path) -> None:
+    answer = engine("play", scenarios.aborted, requests(1, seed=6)[0].tokens, model_dir, 1)
+    assert answer.finish == "abort"
+    assert_rows(model_dir, [answer])

@@ -1,0 +1,96 @@
+"""What runs on a GPU host: the condensed run, the table's intervals, metadata beside the tree, the suite's outcome."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts._dist_info import write as write_metadata
+from scripts.bench import table
+from tests.made_up_run import make_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_is_condensed_into_a_table(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=30)
+    command = [sys.executable, "scripts/bench/job.py", "--run", run.path, "--out", tmp_path / "job.json"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "job.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert found["environment"]["status"] == "done"
+    assert found["environment"]["versions"]["python"]
+    assert rows["steps"]["value"] == 30
+    first, last = rows["reward, first 5 steps"], rows["reward, last 5 steps"]
+    assert first["ci95"][0] < first["value"] < first["ci95"][1] < last["ci95"][0]
+    assert last["baseline"] == first["name"]
+    assert last["ratio"] == pytest.approx(last["value"] / first["value"], rel=1e-4)
+    assert rows["steps with both passes"]["value"] == 6
+    ratio = rows["k3, r3 / native"]
+    assert ratio["ci95"][0] <= ratio["value"] <= ratio["ci95"][1]
+    assert 1 / 3 < ratio["value"] < 2 / 3, "1e-4 to 2e-4 over 3e-4"
+    assert rows["disagreement inside the replayed pass, layer 3"]["value"] == pytest.approx(0.004)
+    assert rows["time/generate_s, median"]["ratio"] == pytest.approx(0.5)
+    assert rows["router/coverage, min over steps"]["value"] == 1
+
+
+def test_intervals_of_paired_ratios() -> None:
+    ratio, (low, high) = table.paired([1.01, 1.03, 0.99, 1.02, 1.00])
+    assert low < ratio < high
+    assert ratio == pytest.approx(math.exp(np.mean(np.log([1.01, 1.03, 0.99, 1.02, 1.00]))))
+    # t = 2.776 for five pairs.
+    half = 2.776 * np.std(np.log([1.01, 1.03, 0.99, 1.02, 1.00]), ddof=1) / math.sqrt(5)
+    assert math.log(high / ratio) == pytest.approx(half)
+    assert table.paired([1.5]) == (pytest.approx(1.5), ())
+
+
+def test_the_bootstrap_of_a_ratio_draws_both_sides_of_a_step_together() -> None:
+    below = np.linspace(1, 9, 30)
+    ratio, (low, high) = table.bootstrap(2 * below, below)
+    assert (low, ratio, high) == pytest.approx((2, 2, 2))
+    assert table.bootstrap([1.0, 2.0]) == (1.5, ())
+
+
+def test_metadata_beside_the_tree_name_the_entry_points(tmp_path: Path) -> None:
+    found = Distribution.at(write_metadata(tmp_path))
+    assert found.metadata["Name"] == "rollout-router-replay"
+    assert {(entry.group, entry.name) for entry in found.entry_points} == {
+        ("sglang.srt.platforms", "r3_cpu"),
+        ("sglang.srt.plugins", "r3_provenance"),
+    }
+    assert any(need.startswith("sglang>=") and 'extra == "sglang"' in need for need in found.requires or ())
+
+
+@pytest.fixture
+def only_python(tmp_path: Path) -> dict[str, str]:
+    """An environment whose `python3` is the tests' own, without a folder of packages."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "R3_SITE": "/nonexistent", "TMPDIR": str(tmp_path), "PYTHON": sys.executable}
+
+
+def test_a_command_on_a_gpu_host_sees_the_tree_and_its_entry_points(only_python: dict[str, str]) -> None:
+    text = "import r3, importlib.metadata as m; print(r3.__file__, *m.entry_points(group='sglang.srt.plugins'))"
+    command = ["bash", "scripts/gpu_host.sh", sys.executable, "-c", text]
+    shown = subprocess.run(command, cwd=ROOT, env=only_python, check=True, capture_output=True, text=True).stdout
+    assert shown.startswith(f"{ROOT}/r3/__init__.py")
+    assert "r3_provenance" in shown
+
+
+def test_the_suite_says_in_a_line_what_became_of_a_step(tmp_path: Path, only_python: dict[str, str]) -> None:
+    command = ["bash", "scripts/gpu_suite.sh", tmp_path / "out"]
+    environment = only_python | {"STEPS": "model", "R3_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("model")]
+    assert "exit 1" in line
+    assert "its warm start needs a GPU" in (tmp_path / "out" / "model.log").read_text()
