@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -122,15 +122,25 @@ def fan_out(
     # A pool for each, or the first server's share would fill the only one while the others wait.
     threads = max(1, min(len(items), at_once, _MAX_THREADS))
     pools = [ThreadPoolExecutor(threads, thread_name_prefix=f"r3-{server.url}") for server in servers]
+    errors: list[BaseException] = []
+
+    def unless_failed(server: Server, number: int, item: Item) -> Answer:
+        if errors:
+            raise CancelledError
+        try:
+            return ask(server, number, item)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
     try:
         futures = [
-            pools[share].submit(ask, servers[share], number, item)
+            pools[share].submit(unless_failed, servers[share], number, item)
             for number, (share, item) in enumerate(zip(shares, items, strict=True))
         ]
         wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future.done() and (error := future.exception()) is not None:
-                raise error
+        if errors:
+            raise errors[0]
         return [future.result() for future in futures]
     finally:
         for pool in pools:

@@ -151,6 +151,7 @@ def test_every_key_that_is_logged_is_documented(replayed: tuple[Path, str]) -> N
     assert not absent
 
 
+@pytest.mark.slow
 def test_a_record_that_is_off_by_one_stops_the_command_before_the_first_step(warm_model: Path, tmp_path: Path) -> None:
     result = train(
         tmp_path / "run", "rollout.engine=tests.corrupting_engine:ShiftedRows", "run.eval_every=0",

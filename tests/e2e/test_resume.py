@@ -50,7 +50,7 @@ INTERRUPT = (interrupt, 130, "interrupted")
 @pytest.mark.parametrize(
     ("total", "stops"),
     [
-        pytest.param(4, ((2, *KILL),), id="killed"),
+        pytest.param(4, ((2, *KILL),), id="killed", marks=pytest.mark.slow),
         pytest.param(7, ((2, *INTERRUPT), (4, *TERMINATE), (5, *KILL)), id="three stops", marks=pytest.mark.slow),
     ],
 )

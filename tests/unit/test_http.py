@@ -33,16 +33,18 @@ def test_only_statuses_from_500_on_are_asked_again() -> None:
 
 
 def test_an_answer_that_takes_too_long_is_not_asked_for_again() -> None:
-    release = threading.Event()
+    arrived, release = threading.Event(), threading.Event()
 
     def late(method: str, path: str, body: Body) -> Reply:
+        arrived.set()
         release.wait(30)
         return 200, []
 
     with serving(late) as wire:
-        server = Server(wire.url, 0.05, 5)
+        server = Server(wire.url, 0.2, 5)
         with pytest.raises(EngineError, match=r"did not answer in time \(rollout\.http_timeout_s\)"):
             server.get("/slow")
+        assert arrived.wait(30)
         release.set()
         assert len(wire.seen) == 1
         server.close()
@@ -89,7 +91,7 @@ def test_the_first_error_is_raised_and_what_waits_never_begins() -> None:
 
     with pytest.raises(EngineError, match="item 0"):
         fan_out(servers(1), range(1000), 1, ask)
-    assert len(begun) < 1000
+    assert begun == [0]
 
 
 def test_workers_share_the_servers_out() -> None:
