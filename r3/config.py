@@ -75,7 +75,7 @@ class ModelConfig(Section):
     """The model that is trained."""
 
     path: str = "builtin:tiny-qwen3moe"
-    """Hugging Face Qwen3-MoE or Mixtral directory, or `builtin:tiny-qwen3moe` (warm-started, cached on first use)."""
+    """Hugging Face Qwen3-MoE or Mixtral directory, or `builtin:` and a name (warm-started, cached; docs/gpu.md)."""
     warm_start_reward: float = Field(0.35, ge=0, lt=1)
     """Sampled reward at which the supervised warm start of a built-in model stops; 0 keeps random weights."""
 
