@@ -273,6 +273,8 @@ class TrainerConfig(Section):
     """How tokens travel to experts on other ranks."""
     experts: Literal["auto", "sequential", "grouped"] = "auto"
     """One matrix product per expert, or grouped ones for all of a rank's; `auto`: grouped on a GPU in bfloat16."""
+    transformer_engine: bool = False
+    """Transformer Engine's layers, where it is installed; only after `python -m r3.doctor replay` passed with them."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activation recompute; `selective` recomputes attention cores and MoE layers."""
     lr: float = Field(3e-4, gt=0)
