@@ -75,7 +75,7 @@ class ModelConfig(Section):
     """The model that is trained."""
 
     path: str = "builtin:tiny-qwen3moe"
-    """Hugging Face Qwen3-MoE or Mixtral directory, or `builtin:tiny-qwen3moe` (warm-started, cached on first use)."""
+    """Hugging Face Qwen3-MoE or Mixtral directory, or `builtin:` and a name (warm-started, cached; docs/gpu.md)."""
     warm_start_reward: float = Field(0.35, ge=0, lt=1)
     """Sampled reward at which the supervised warm start of a built-in model stops; 0 keeps random weights."""
 
@@ -277,6 +277,8 @@ class TrainerConfig(Section):
     """How tokens travel to experts on other ranks."""
     experts: Literal["auto", "sequential", "grouped"] = "auto"
     """One matrix product per expert, or grouped ones for all of a rank's; `auto`: grouped on a GPU in bfloat16."""
+    transformer_engine: bool = False
+    """Transformer Engine's layers, where it is installed; only after `python -m r3.doctor replay` passed with them."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activation recompute; `selective` recomputes attention cores and MoE layers."""
     lr: float = Field(3e-4, gt=0)

@@ -51,7 +51,9 @@ def check(config: Config, *, trains: bool = True, planned: bool = False) -> Mode
         arch = size.arch
         if config.routing.capture:
             _collect(faults, lambda: arch.spec.require_routers(config.model.path))
-        if _collect(faults, lambda: require_layout(arch, config.trainer) or True):
+        found = len(faults)
+        _collect(faults, lambda: require_layout(arch, config.trainer))
+        if len(faults) == found:  # a plan of a layout that cannot be says nothing
             faults += gpu_faults(config, plan(config, size))
     if config.rollout.engine == "sglang":
         where = size.directory if size else None

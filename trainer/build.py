@@ -20,7 +20,7 @@ from r3.trainer.megatron import (
     cuda_type_names,
     get_megatron_optimizer,
 )
-from r3.trainer.model import DTYPES, Architecture, build_model, layout_changes, transformer_config
+from r3.trainer.model import DTYPES, Architecture, build_model, engine_changes, layout_changes, transformer_config
 from r3.trainer.parallel import device
 
 
@@ -28,7 +28,8 @@ def build_layout(config: Config, arch: Architecture, *, trained: bool = True) ->
     """Return Megatron's configuration of a model in the run's layout; only a `trained` one recomputes activations."""
     trainer = config.trainer
     recompute = trainer.recompute if trained else "none"
-    return transformer_config(arch, dtype=DTYPES[trainer.dtype], recompute=recompute, **layout_changes(trainer))
+    changes = layout_changes(trainer) | engine_changes(trainer)
+    return transformer_config(arch, dtype=DTYPES[trainer.dtype], recompute=recompute, **changes)
 
 
 def build_ddp(config: Config, arch: Architecture, layout: Any, directory: str | Path) -> list[DistributedDataParallel]:

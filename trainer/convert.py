@@ -147,6 +147,13 @@ def find_rule(name: str, model_type: str) -> tuple[Rule, tuple[str, ...]]:
     raise CheckpointError(f"no conversion rule for the Megatron parameter {name!r}")
 
 
+_ENGINE_NAMES = (
+    (r"(\.mlp\.experts)\.(linear_fc[12])\.weight(\d+)$", r"\1.local_experts.\3.\2.weight"),
+    (r"\.self_attention\.linear_qkv\.layer_norm_weight$", ".input_layernorm.weight"),
+    (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
+)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """One weight of this rank: its global Megatron name, and which of how many tensor-parallel parts it is.
@@ -184,12 +191,23 @@ def named_weights(chunks: torch.nn.Module | Sequence[torch.nn.Module], arch: Arc
 
 def _global_names(chunk: GPTModel, name: str, parameter: torch.nn.Parameter) -> Iterator[tuple[str, int | None]]:
     """Yield the weights that a parameter holds, and where: grouped experts answer to the names of single ones."""
+    name = local_name(name)
     grouped = re.fullmatch(r"(.+\.mlp\.experts)\.fc([12])", name)
     if not grouped:
         yield _global_name(chunk, name), None
         return
     for index in range(len(parameter)):
         yield _global_name(chunk, f"{grouped[1]}.local_experts.{index}.linear_fc{grouped[2]}.weight"), index
+
+
+def local_name(name: str) -> str:
+    """Return the name that Megatron's local modules give to a parameter of Transformer Engine's; others as they are.
+
+    It numbers the weights of grouped experts, and a norm belongs to the product behind it.
+    """
+    for pattern, local in _ENGINE_NAMES:
+        name = re.sub(pattern, local, name)
+    return name
 
 
 def _global_name(chunk: GPTModel, name: str) -> str:

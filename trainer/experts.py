@@ -27,7 +27,8 @@ def uses_grouped(arch: Architecture, trainer: TrainerConfig) -> bool:
     `auto` takes them on a GPU, in bfloat16, where the kernel reads the model's sizes. Raises `ConfigError` where they
     are asked for and cannot be had.
     """
-    if trainer.experts == "sequential" or not arch.spec.moe_layers:
+    # Transformer Engine's layers have grouped experts of their own.
+    if trainer.experts == "sequential" or trainer.transformer_engine or not arch.spec.moe_layers:
         return False
     sizes = (arch.spec.hidden_size, arch.expert_ffn_size // trainer.expert_tensor)
     missing = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from r3.config import TrainerConfig
+from r3.errors import ConfigError
 from r3.trainer.architecture import Architecture as Architecture
 from r3.trainer.experts import GroupedExperts
 from r3.trainer.megatron import (
@@ -18,6 +20,7 @@ from r3.trainer.megatron import (
     TransformerBlockSubmodules,
     TransformerConfig,
     get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
     get_num_layers_to_build,
     get_transformer_layer_offset,
     parallel_state,
@@ -106,6 +109,19 @@ def layout_changes(trainer: TrainerConfig) -> dict[str, Any]:
     }
 
 
+def engine_changes(trainer: TrainerConfig) -> dict[str, Any]:
+    """Return the fields that ask for Transformer Engine's layers; raise `ConfigError` where they cannot be had."""
+    if not trainer.transformer_engine:
+        return {}
+    if importlib.util.find_spec("transformer_engine") is None or not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.transformer_engine is true, but there is no transformer_engine, or no GPU, on this host; install "
+            "it (pip install 'transformer-engine[pytorch]') and let `python -m r3.doctor replay` pass with it before a "
+            "run, or set trainer.transformer_engine: false"
+        )
+    return {"transformer_impl": "transformer_engine", "moe_grouped_gemm": trainer.experts != "sequential"}
+
+
 def build_model(
     arch: Architecture, config: TransformerConfig, *, replay: bool, grouped: bool = False, vp_stage: int | None = None
 ) -> GPTModel:
@@ -123,7 +139,7 @@ def build_model(
     layers = [layer_spec(arch, moe=layer in arch.spec.moe_layers, replay=replay, grouped=grouped) for layer in built]
     return GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(config)),
         vocab_size=arch.spec.vocab_size,
         max_sequence_length=arch.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, **kind),
@@ -149,12 +165,34 @@ def layer_spec(arch: Architecture, *, moe: bool, replay: bool, grouped: bool = F
     if arch.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SdpaAttention
-    if moe:
-        # 0.16 describes the layer by a ModuleSpec, 0.19 by functools.partial(MoELayer, submodules=...).
-        mlp = parts.mlp
-        inner = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
-        if replay:
-            inner.router = ReplayRouter
-        if grouped:
-            inner.experts = GroupedExperts
+    if moe and replay:
+        _moe_parts(layer).router = ReplayRouter
+    if moe and grouped:
+        _moe_parts(layer).experts = GroupedExperts
     return layer
+
+
+def engine_layer_spec(arch: Architecture, *, moe: bool, replay: bool, grouped: bool = False) -> ModuleSpec:
+    """Return Transformer Engine's spec of one decoder layer with R3's router; norms and attention are its own."""
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=arch.spec.num_experts if moe else None,
+        moe_grouped_gemm=grouped,
+        qk_layernorm=arch.qk_norm,
+    )
+    if moe and replay:
+        _moe_parts(layer).router = ReplayRouter
+    return layer
+
+
+def _moe_parts(layer: ModuleSpec) -> Any:
+    # 0.16 describes the layer by a ModuleSpec, 0.19 by functools.partial(MoELayer, submodules=...).
+    mlp = layer.submodules.mlp
+    return mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
+
+
+def _final_norm(config: TransformerConfig) -> Any:
+    if config.transformer_impl != "transformer_engine":
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

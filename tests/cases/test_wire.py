@@ -17,7 +17,7 @@ import pytest
 from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, check_generation
 from r3.rollout.turns import merge_turns, next_start
-from r3.rollout.wire import decode_lightllm, decode_sglang, decode_vllm
+from r3.rollout.wire import Wire, decode_lightllm, decode_sglang, decode_vllm
 from r3.routing import RoutingTrace
 from r3.types import Finish, ModelSpec
 from tests.engines.wire_server import made_up_experts
@@ -208,7 +208,7 @@ def test_two_readings_of_one_size_are_not_guessed() -> None:
     with pytest.raises(RoutingError, match="fits int32 from row 3 and uint8 from row 0; name its dtype"):
         sglang(narrow, tokens, start=3)
     found = decode_sglang(narrow, tokens, MODEL, **WHO, start=3, dtype="uint8")
-    assert (found.routing.rows, found.wire) == (1, ("uint8", 0))
+    assert (found.routing.rows, found.wire) == (1, Wire("uint8", 0))
 
 
 ANSWERS: list[Any] = [

@@ -14,7 +14,7 @@ from r3.config import TrainerConfig
 from r3.errors import ConfigError
 from r3.trainer import experts
 from r3.trainer.build import build_chunks, build_layout
-from r3.trainer.convert import HfTensors, export_weights
+from r3.trainer.convert import HfTensors, export_weights, find_rule, local_name
 from r3.trainer.model import Architecture
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
@@ -133,3 +133,26 @@ def test_who_is_grouped(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delattr(F, "grouped_mm")
     with pytest.raises(ConfigError, match="no grouped_mm"):
         grouped(experts="grouped")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp.experts.linear_fc1.weight17", "mlp.experts.local_experts.17.linear_fc1.weight"),
+        ("mlp.experts.linear_fc2.weight0", "mlp.experts.local_experts.0.linear_fc2.weight"),
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+        ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.weight"),
+        ("mlp.linear_fc1.weight", "mlp.linear_fc1.weight"),
+    ],
+)
+def test_transformer_engine_names_have_a_rule(name: str, expected: str) -> None:
+    found = local_name(f"decoder.layers.3.{name}")
+    assert found == f"decoder.layers.3.{expected}"
+    find_rule(found, "qwen3_moe")
+
+
+def test_transformer_engine_is_refused_where_it_is_absent(model_dir: Path) -> None:
+    config, arch = make_config(trainer={"transformer_engine": True}), Architecture.from_directory(model_dir)
+    with pytest.raises(ConfigError, match=r"no transformer_engine.*r3\.doctor replay.*transformer_engine: false"):
+        build_layout(config, arch)
