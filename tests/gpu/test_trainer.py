@@ -57,10 +57,13 @@ def test_the_gpu_agrees_with_the_layout_without_packing_and_recompute_in_float32
 
 
 def test_grouped_experts_are_the_sequential_ones(model_dir: Path) -> None:
+    exact = run(model_dir, experts="sequential")
     one, other = (run(model_dir, dtype="bfloat16", experts=kind) for kind in ("sequential", "grouped"))
     assert other.counts.mismatched_ids == 0
     np.testing.assert_allclose(other.logprobs, one.logprobs, atol=0.1, rtol=0)
-    assert np.abs(other.logprobs - one.logprobs).mean() < 5e-3
+    # Other sums in another order round otherwise; they must not round worse. All three walk through the same experts.
+    errors = [float(np.abs(found.logprobs - exact.logprobs).mean()) for found in (one, other)]
+    assert errors[1] < 1.5 * errors[0] < 0.05
     assert worst_difference(other.gradients, one.gradients)[0] < 0.1
 
 
