@@ -51,7 +51,12 @@ def ray_cluster(config: Config) -> Iterator[Places]:
     address = os.environ.get("RAY_ADDRESS")
     # Actors take turns (generate, then train), so a machine with fewer cores than actors only runs them slower.
     cpus = max(os.cpu_count() or 1, int(needed.cpus))
-    own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    own: dict[str, Any] = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    if needed.gpus and not address:
+        # Ray counts GPUs by NVML, which a container may hide; torch counts those that can be used.
+        import torch
+
+        own["num_gpus"] = torch.cuda.device_count()
     try:
         ray.init(**({} if address else own), log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises ConnectionError, ValueError, or plain Exception for a node that is too slow

@@ -47,7 +47,10 @@ class TrainerRank:
             # Both are read once, when torch loads. A rank on the CPU must not find a GPU that Ray did not give it.
             os.environ["OMP_NUM_THREADS"] = "1"
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        elif config.run.deterministic:
+        elif config.trainer.tensor_parallel > 1:
+            # Megatron-core overlaps the gradients' communication by the order in which kernels are queued.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if config.trainer.gpus_per_process and config.run.deterministic:
             # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if config.trainer.gpus_per_process and config.weights.transport in ("auto", "broadcast"):

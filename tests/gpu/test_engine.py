@@ -30,9 +30,10 @@ CLEAR = 0.02
 def engine(model_dir: Path) -> Iterator[Worker]:
     """An engine on a share of the GPU, in a Ray actor as in a run, with little KV and small chunks."""
     import ray
+    import torch
 
     config = gpu_config()
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_gpus=torch.cuda.device_count(), include_dashboard=False, log_to_driver=False)
     actor = ray.remote(StampingHost).options(num_cpus=1, num_gpus=0.5).remote(config, str(model_dir), 0)
 
     def call(method: str, *arguments: Any, **options: Any) -> Any:
