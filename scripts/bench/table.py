@@ -56,7 +56,7 @@ def paired(ratios: Sequence[float]) -> tuple[float, tuple[float, ...]]:
 def bootstrap(values: Sequence[float], below: Sequence[float] | None = None) -> tuple[float, tuple[float, ...]]:
     """Return the mean of `values` (over that of `below`, in pairs) and its 95 % percentile interval over resamples.
 
-    No interval from fewer than three values.
+    No interval from fewer than three values, nor of a ratio whose divisor is 0 in some resample.
     """
     parts = [np.asarray(part, np.float64) for part in (values, below) if part is not None]
 
@@ -67,7 +67,10 @@ def bootstrap(values: Sequence[float], below: Sequence[float] | None = None) -> 
     if len(values) < 3:
         return value, ()
     drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.percentile(of([part[drawn].mean(1) for part in parts]), [2.5, 97.5])
+    resampled = [part[drawn].mean(1) for part in parts]
+    if len(resampled) == 2 and not resampled[1].all():
+        return value, ()
+    low, high = np.percentile(of(resampled), [2.5, 97.5])
     return value, (float(low), float(high))
 
 

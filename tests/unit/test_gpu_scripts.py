@@ -57,6 +57,7 @@ def test_the_bootstrap_of_a_ratio_draws_both_sides_of_a_step_together() -> None:
     ratio, (low, high) = table.bootstrap(2 * below, below)
     assert (low, ratio, high) == pytest.approx((2, 2, 2))
     assert table.bootstrap([1.0, 2.0]) == (1.5, ())
+    assert table.bootstrap(np.zeros(4), np.array([0, 0, 0, 1.0])) == (0, ())
 
 
 def test_metadata_beside_the_tree_name_the_entry_points(tmp_path: Path) -> None:
