@@ -337,11 +337,11 @@ class TrainerConfig(Section):
                 f"trainer.processes={self.processes} is not divisible by expert_tensor_parallel x expert_parallel x "
                 f"pipeline_parallel = {experts}"
             )
-        if tensor > 1 and self.expert_tensor != tensor and self.expert_parallel == 1:
+        if self.expert_tensor != tensor and self.expert_parallel == 1:
             raise ValueError(
                 f"trainer.tensor_parallel={tensor} with expert_tensor_parallel={self.expert_tensor} and "
-                "expert_parallel=1: Megatron-core would not reduce the experts' gradients over the tensor-parallel "
-                "ranks; leave expert_tensor_parallel unset or use expert_parallel > 1"
+                "expert_parallel=1: Megatron-core would reduce the experts' gradients over the wrong ranks; leave "
+                "expert_tensor_parallel unset or use expert_parallel > 1"
             )
         if self.virtual_pipeline > 1 and stages == 1:
             raise ValueError("trainer.virtual_pipeline needs pipeline_parallel > 1; a single stage has no bubble")
@@ -477,14 +477,27 @@ class Config(Section):
 
 
 def _memory_faults(rollout: RolloutConfig, trainer: TrainerConfig) -> dict[str, bool]:
-    """Engine and trainer on one GPU: the engine takes its share first, and both need room beside their shares."""
-    together = rollout.mem_fraction + trainer.mem_fraction
-    shared = 0 < rollout.gpus_per_worker < 1 and 0 < trainer.gpus_per_process < 1
-    text = (
-        f"rollout.mem_fraction={rollout.mem_fraction:g} and trainer.mem_fraction={trainer.mem_fraction:g} share a GPU "
-        f"and add up to {together:g}; leave {1 - SHARED_GPU_LIMIT:.0%} to CUDA contexts, graphs and NCCL"
-    )
-    return {text: shared and together > SHARED_GPU_LIMIT + 1e-9}
+    """Actors on one GPU: the engines take their shares first, and all need room beside their shares."""
+    share, other = rollout.gpus_per_worker, trainer.gpus_per_process
+    if not 0 < share < 1:
+        return {}
+    rest = f"leave {1 - SHARED_GPU_LIMIT:.0%} to CUDA contexts, graphs and NCCL"
+    faults = {}
+    beside = min(rollout.workers, int((1 - other) / share + 1e-9)) if 0 < other < 1 else 0
+    if beside:
+        together = beside * rollout.mem_fraction + trainer.mem_fraction
+        faults[
+            f"rollout.mem_fraction={rollout.mem_fraction:g} (times {beside}) and trainer.mem_fraction="
+            f"{trainer.mem_fraction:g} share a GPU and add up to {together:g}; {rest}"
+        ] = together > SHARED_GPU_LIMIT + 1e-9
+    engines = min(rollout.workers, int(1 / share + 1e-9))
+    if engines > 1:
+        together = engines * rollout.mem_fraction
+        faults[
+            f"rollout.mem_fraction={rollout.mem_fraction:g} of {engines} engines that may share a GPU adds up to "
+            f"{together:g}; {rest}"
+        ] = together > SHARED_GPU_LIMIT + 1e-9
+    return faults
 
 
 def _url_faults(rollout: RolloutConfig, weights: WeightsConfig) -> dict[str, bool]:

@@ -46,7 +46,7 @@ class Plan:
 
     `kv` and `capture` are None where the engine sizes its KV pool itself. `object_store` holds the weights of two
     steps, because the old ones are let go only once the new ones are there, and one step's batch. `engine_ranks`: GPUs
-    of one engine, over which its weights and KV are divided.
+    of one engine, over which its weights are divided, `kv_ranks` of them its KV.
     """
 
     parameters: int
@@ -63,11 +63,12 @@ class Plan:
     routing_per_step: int
     object_store: int
     engine_ranks: int = 1
+    kv_ranks: int = 1
 
     @property
     def engine(self) -> int:
         """Bytes of weights and named KV on one GPU (or the CPU) of an engine."""
-        return math.ceil((self.engine_weights + (self.kv or 0)) / self.engine_ranks)
+        return math.ceil(self.engine_weights / self.engine_ranks + (self.kv or 0) / self.kv_ranks)
 
     @property
     def trainer(self) -> int:
@@ -96,6 +97,7 @@ def plan(config: Config, size: ModelSize) -> Plan:
     samples = rollout.prompts_per_step * config.grpo.group_size
     tokens = samples * (PROMPT_TOKENS + rollout.max_new_tokens)
     routing = size.spec.routing_bytes(tokens) if config.routing.capture else 0
+    ranks = max(1, math.ceil(rollout.gpus_per_worker))
     return Plan(
         parameters=count,
         trainer_weights=compute * held,
@@ -112,7 +114,9 @@ def plan(config: Config, size: ModelSize) -> Plan:
         tokens_per_step=tokens,
         routing_per_step=routing,
         object_store=2 * engine * count + routing + tokens * _TOKEN_BYTES,
-        engine_ranks=max(1, math.ceil(rollout.gpus_per_worker)),
+        engine_ranks=ranks,
+        # Beyond the number of key-value heads SGLang keeps copies of them.
+        kv_ranks=min(ranks, size.arch.groups),
     )
 
 

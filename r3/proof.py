@@ -110,7 +110,9 @@ def prove(config: Config, layouts: Sequence[str | None], scratch: Path | None) -
         model = folder / "model"
         write_model(shrunk_config(_source(config), trainers), model)
         spec = ModelSpec.from_directory(model)
-        alone = _trial(config, parse_layout(config.trainer, "dp1,padded,none"))
+        # Against Megatron-core's own layers, whatever the layout takes in their place.
+        plain = config.trainer.model_copy(update={"transformer_engine": False})
+        alone = _trial(config, parse_layout(plain, "dp1,padded,none"))
         with _cluster(alone, trainers) as place:
             expected, _ = _rehearse(alone, model, place, spec)
             for trainer in trainers:

@@ -46,8 +46,13 @@ class WeightSync:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Behind an error the actors are killed, and a peer that is gone would be waited for.
-        if kind is None:
+        if kind is not None:
+            return
+        try:
             self.close()
+        except EngineError as failure:
+            # The run is done and its results are written; the processes end next.
+            self._on_event("weights_group_left_behind", reason=str(failure))
 
     def close(self) -> None:
         """Let the trainer and the engines leave their broadcast group."""
@@ -116,7 +121,7 @@ class WeightSync:
             return self._parts(workers)
         except WorkerDied as death:
             self._on_event("weights_interrupted", worker=death.worker, reason=str(death))
-            self._dissolve(lost=(death.worker,))
+            self._dissolve(lost=(death.worker,), abort=True)
             # One that not all have joined is nobody's to leave: behind the trainer, the others' joining fails.
             self._closing.append(self._outlet.close_group(abort=True))
             self._outlet.abandon()
@@ -163,8 +168,11 @@ class WeightSync:
         joining.wait()
         self._group, self._members = group, members
 
-    def _dissolve(self, lost: Sequence[int]) -> None:
-        """Let the trainer leave the group; its other members leave when they are next at hand, except `lost` ones."""
+    def _dissolve(self, lost: Sequence[int], *, abort: bool = False) -> None:
+        """Let the trainer leave the group; its other members leave when they are next at hand, except `lost` ones.
+
+        `abort`: without waiting for them, as NCCL otherwise does, because not all of them are asked to leave now.
+        """
         group, members = self._group, self._members
         self._group, self._members = None, ()
         for worker in lost:
@@ -173,7 +181,7 @@ class WeightSync:
             return
         for worker in set(members) - set(lost):
             self._to_leave.setdefault(worker, []).append(group.name)
-        self._closing.append(self._outlet.close_group(abort=bool(set(members) & set(lost))))
+        self._closing.append(self._outlet.close_group(abort=abort or bool(set(members) & set(lost))))
 
     def _leave(self, workers: Sequence[int]) -> None:
         """Let workers leave the groups of before; NCCL lets nobody go before all do."""
@@ -185,7 +193,7 @@ class WeightSync:
 
     def _reload(self, worker: int) -> None:
         """Give a replaced engine the weights that the others have, which the trainer must still hold."""
-        self._dissolve(lost=(worker,))
+        self._dissolve(lost=(worker,), abort=True)
         sent, _ = self._stream((worker,))
         if sent.version != self._pushed:
             raise EngineError(

@@ -167,9 +167,11 @@ class MainWeights:
     """fp32 copies of a model's bfloat16 weights, which AdamW updates in their place."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Copy the weights of `model`, then round it to bfloat16."""
-        self.weights = [parameter.detach().float().clone() for parameter in model.parameters()]
-        self._rounded = list(model.to(torch.bfloat16).parameters())
+        """Copy the weights of `model`, then round them to bfloat16; buffers (rotary frequencies) stay as they are."""
+        self._rounded = list(model.parameters())
+        self.weights = [parameter.detach().float().clone() for parameter in self._rounded]
+        for parameter in self._rounded:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
     def take_gradients(self) -> None:
         """Move the rounded weights' gradients to the fp32 ones."""

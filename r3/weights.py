@@ -91,11 +91,15 @@ def choose(wanted: Wanted, trainer: Site, engines: Sequence[Site]) -> tuple[tupl
     """
     shares = [trainer.shares_device(engine) for engine in engines]
     mixed = [worker for worker, engine in enumerate(engines) if bool(engine.gpus) != bool(trainer.gpus)]
+    apart = [gpu for engine, shared in zip(engines, shares, strict=True) if not shared for gpu in engine.gpus]
+    crowded = len(apart) > len(set(apart))
     if wanted == "object_store":
         return everywhere(wanted, len(engines)), "weights.transport asks for it"
     if wanted == "auto":
         if not trainer.gpus or mixed:
             return everywhere("object_store", len(engines)), "the trainer or an engine has no GPU"
+        if crowded:
+            return everywhere("object_store", len(engines)), "engines share a GPU, which NCCL takes once"
         ways: list[Transport] = ["ipc" if shared else "broadcast" for shared in shares]
         return (
             tuple(ways),
@@ -115,6 +119,11 @@ def choose(wanted: Wanted, trainer: Site, engines: Sequence[Site]) -> tuple[tupl
         raise ConfigError(
             f"weights.transport=broadcast, but rollout worker {shares.index(True)} shares GPU {trainer.gpus[0]} with "
             "trainer rank 0, and NCCL takes a GPU once; use auto or ipc"
+        )
+    if wanted == "broadcast" and crowded:
+        raise ConfigError(
+            "weights.transport=broadcast, but engines share a GPU with each other, and NCCL takes a GPU once; use auto "
+            "or object_store, or rollout.gpus_per_worker=1"
         )
     return everywhere(wanted, len(engines)), "weights.transport asks for it"
 

@@ -271,12 +271,17 @@ class RolloutPool:
     def sites(self) -> list[Site]:
         """Return where every worker stands."""
         limit = self._config.rollout.timeout_s
-        try:
-            return ray.get([actor.site.remote() for actor in self._actors], timeout=limit)
-        except GetTimeoutError:
-            raise EngineError(f"a rollout worker did not say within {limit:g} s where it is") from None
-        except RayTaskError as error:
-            _raise_cause(error, 0, "site")
+        deadline, found = time.monotonic() + limit, []
+        for worker, call in enumerate([actor.site.remote() for actor in self._actors]):
+            try:
+                found.append(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
+            except GetTimeoutError:
+                raise EngineError(f"rollout worker {worker} did not say within {limit:g} s where it is") from None
+            except _DEATHS as error:
+                raise EngineError(f"rollout worker {worker} died before it said where it is: {error}") from error
+            except RayTaskError as error:
+                _raise_cause(error, worker, "site")
+        return found
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a method of some workers, each with its own arguments, side by side; return what each returns.

@@ -21,8 +21,7 @@ for name in rollout trainer configs; do
     fi
 done
 
-METADATA="${TMPDIR:-/tmp}/r3-metadata-$(id -u)"
-rm -rf "$METADATA"
+METADATA="$(mktemp -d "${TMPDIR:-/tmp}/r3-metadata-XXXXXX")"
 python3 "$REPO/scripts/_dist_info.py" "$METADATA" >/dev/null
 export PYTHONPATH="$REPO:$METADATA${PYTHONPATH:+:$PYTHONPATH}"
 export RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}" TOKENIZERS_PARALLELISM=false

@@ -30,7 +30,7 @@ step() {
         "$(($(date +%s) - begin))" "$last"
 }
 
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+gpus=$("$HERE/gpu_host.sh" "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
 printf '%s GPU(s); output in %s\n' "$gpus" "$OUT"
 
 step model 240 "$PYTHON" -c 'from r3.builtin import resolve_model as r; print(r("builtin:qwen3moe-1b", target_reward=0.35, seed=0))'

@@ -24,8 +24,9 @@ _ALIGNMENT = 8
 def uses_grouped(arch: Architecture, trainer: TrainerConfig) -> bool:
     """Tell whether the experts are computed as grouped products; see `trainer.experts`.
 
-    `auto` takes them on a GPU, in bfloat16, where the kernel reads the model's sizes. Raises `ConfigError` where they
-    are asked for and cannot be had.
+    `auto` takes them on a Hopper GPU, in bfloat16, where the kernel reads the model's sizes. Raises `ConfigError` where
+    they are asked for and cannot be had: on other GPUs wrong weight gradients were reported for experts without tokens
+    (pytorch issues #172439, #174314, #193633).
     """
     # Transformer Engine's layers have grouped experts of their own.
     if trainer.experts == "sequential" or trainer.transformer_engine or not arch.spec.moe_layers:
@@ -34,6 +35,8 @@ def uses_grouped(arch: Architecture, trainer: TrainerConfig) -> bool:
     missing = None
     if not hasattr(F, "grouped_mm"):
         missing = f"torch {torch.__version__} has no grouped_mm; it needs 2.10 or later"
+    elif torch.cuda.is_available() and not _is_hopper():
+        missing = "its weight gradients are known to be right on Hopper GPUs (compute capability 9) alone"
     elif torch.cuda.is_available() and trainer.dtype == "bfloat16" and any(size % _ALIGNMENT for size in sizes):
         missing = f"its kernel needs hidden and expert sizes that 8 divides, this rank's are {sizes[0]} and {sizes[1]}"
     if trainer.experts == "grouped":
@@ -41,6 +44,10 @@ def uses_grouped(arch: Architecture, trainer: TrainerConfig) -> bool:
             raise ConfigError(f"trainer.experts=grouped: {missing}; set trainer.experts: sequential")
         return True
     return missing is None and torch.cuda.is_available() and trainer.dtype == "bfloat16"
+
+
+def _is_hopper() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 
 
 class GroupedExperts(MegatronModule):

@@ -136,7 +136,11 @@ def build_model(
     kind = {} if vp_stage is None else {"vp_stage": vp_stage}
     first = get_transformer_layer_offset(config, **kind)
     built = range(first, first + get_num_layers_to_build(config, **kind))
-    layers = [layer_spec(arch, moe=layer in arch.spec.moe_layers, replay=replay, grouped=grouped) for layer in built]
+    if config.transformer_impl == "transformer_engine":
+        spec, grouped = engine_layer_spec, bool(config.moe_grouped_gemm)
+    else:
+        spec = layer_spec
+    layers = [spec(arch, moe=layer in arch.spec.moe_layers, replay=replay, grouped=grouped) for layer in built]
     return GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(config)),

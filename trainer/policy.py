@@ -323,4 +323,5 @@ def _with_own(microbatch: MicroBatch, ids: Mapping[int, torch.Tensor], num_exper
 
 
 def _count(targets: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(len(targets), dtype=torch.int, device=targets.device)
+    # `torch.tensor` would wait for the device.
+    return torch.full((), len(targets), dtype=torch.int, device=targets.device)

@@ -101,11 +101,13 @@ class OutletPort:
     def _settle(self) -> None:
         """Wait until the other ranks have sent everything."""
         senders, self._senders = self._senders, []
-        try:
-            ray.get(senders, timeout=self._timeout)
-        except GetTimeoutError:
-            raise EngineError(
-                f"a trainer rank did not send its weights within {self._timeout:g} s (trainer.timeout_s)"
-            ) from None
-        except (RayTaskError, RayActorError) as error:
-            raise self._root_cause({0: error}, "send_parts") from error
+        deadline = time.monotonic() + self._timeout
+        for rank, sender in enumerate(senders, start=1):
+            try:
+                ray.get(sender, timeout=max(0.0, deadline - time.monotonic()))
+            except GetTimeoutError:
+                raise EngineError(
+                    f"trainer rank {rank} did not send its weights within {self._timeout:g} s (trainer.timeout_s)"
+                ) from None
+            except (RayTaskError, RayActorError) as error:
+                raise self._root_cause({rank: error}, "send_parts") from error

@@ -213,7 +213,30 @@ def test_checks_across_keys_are_in_the_same_report(overrides, messages, absent):
         (["rollout.gpus_per_worker=1.5"], "name a share of one GPU, or a whole number"),
         (
             ["rollout.gpus_per_worker=0.5", "rollout.mem_fraction=0.5", "trainer.gpus_per_process=0.5"],
-            "trainer.mem_fraction=1 share a GPU and add up to 1.5; leave 10%",
+            r"mem_fraction=0.5 \(times 1\) and trainer.mem_fraction=1 share a GPU and add up to 1.5; leave 10%",
+        ),
+        (
+            [
+                "rollout.gpus_per_worker=0.25",
+                "rollout.workers=2",
+                "rollout.mem_fraction=0.35",
+                "trainer.gpus_per_process=0.5",
+                "trainer.mem_fraction=0.5",
+            ],
+            r"mem_fraction=0.35 \(times 2\) and trainer.mem_fraction=0.5 share a GPU and add up to 1.2",
+        ),
+        (
+            [
+                "rollout.gpus_per_worker=0.5",
+                "rollout.workers=2",
+                "rollout.mem_fraction=0.8",
+                "trainer.gpus_per_process=1",
+            ],
+            "of 2 engines that may share a GPU adds up to 1.6",
+        ),
+        (
+            ["trainer.processes=2", "trainer.expert_tensor_parallel=2"],
+            "Megatron-core would reduce the experts' gradients over the wrong ranks",
         ),
     ],
 )

@@ -45,7 +45,7 @@ def test_what_a_layout_leaves_out_is_one_and_no_layout_is_the_config() -> None:
     [
         ("tp2,xp3", "'xp3' is unknown; a layout is a comma list of dpN, tpN"),
         ("tp0", "'tp0' is unknown"),
-        ("tp2,etp1", "would not reduce the experts' gradients"),
+        ("tp2,etp1", "would reduce the experts' gradients over the wrong"),
         ("vpp2", "needs pipeline_parallel > 1"),
         ("dp3,ep2", "not divisible by expert_tensor_parallel x expert_parallel"),
     ],

@@ -31,7 +31,7 @@ class Sides:
         return SimpleNamespace(ranks=2, transports=transports, unverified="", engine="stand-in")
 
     def sites(self) -> list[Site]:
-        return [Site("n", ("a",)), *[Site("n", ("b",))] * (self._engines - 1)]
+        return [Site("n", (gpu,)) for gpu in "abc"[: self._engines]]
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         for worker, given in arguments.items():
@@ -169,6 +169,30 @@ def test_a_replaced_engine_is_reached_alone_and_the_others_rejoin_at_the_next_pu
         "leave_group(r3-weights-1) on 1", "close_group, abort False", "leave_group(r3-weights-2) on 2",
         "open_group r3-weights-3 of 5",
     ]  # fmt: skip
+
+
+def test_no_group_is_left_with_a_wait_for_members_that_are_not_asked_to_leave() -> None:
+    sides = Sides(engines=3)
+    sync = sync_of(sides)
+    sync.push()
+    begun = len(sides.log)
+    # Two deaths between two pushes; then that of an engine which the group does not hold.
+    for worker in (1, 2, 0):
+        sides.reload(worker)  # type: ignore[misc]  (the push has set it)
+    again = sides.log[begun:]
+    assert [call for call in again if call.startswith("close_group")] == ["close_group, abort True"] * 3
+
+
+def test_a_group_that_cannot_be_left_does_not_fail_a_run_that_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides, events = Sides(engines=2), []  # type: ignore[var-annotated]
+    with sync_of(sides, events) as sync:
+        sync.push()
+
+        def broken(*, abort: bool) -> Any:
+            raise EngineError("trainer rank 0 died")
+
+        monkeypatch.setattr(sides, "close_group", broken)
+    assert events == ["weights_transport", "weights_group_left_behind"]
 
 
 def test_a_replaced_engine_gets_no_weights_that_the_others_lack() -> None:

@@ -221,7 +221,7 @@ def test_engines_that_do_not_join_are_a_named_error() -> None:
     group.close(abort=True)
 
 
-GPU_A, GPU_B, HOST = Site("n1", ("a",)), Site("n1", ("b",)), Site("n1")
+GPU_A, GPU_B, GPU_C, HOST = Site("n1", ("a",)), Site("n1", ("b",)), Site("n1", ("c",)), Site("n1")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,8 @@ GPU_A, GPU_B, HOST = Site("n1", ("a",)), Site("n1", ("b",)), Site("n1")
         ("auto", HOST, [HOST], ("object_store",)),
         ("auto", GPU_A, [HOST], ("object_store",)),
         ("auto", GPU_A, [GPU_A], ("ipc",)),
-        ("auto", GPU_A, [GPU_B, GPU_B], ("broadcast", "broadcast")),
+        ("auto", GPU_A, [GPU_B, GPU_C], ("broadcast", "broadcast")),
+        ("auto", GPU_A, [GPU_B, GPU_B], ("object_store", "object_store")),
         ("auto", GPU_A, [Site("n1", ("b", "a")), GPU_B], ("ipc", "broadcast")),
         ("ipc", HOST, [HOST], ("ipc",)),
         ("broadcast", HOST, [HOST, Site("n2")], ("broadcast", "broadcast")),
@@ -255,6 +256,11 @@ def test_the_way_follows_the_device(wanted: str, trainer: Site, engines: Sequenc
 def test_a_way_that_cannot_be_had_is_refused(wanted: str, trainer: Site, engine: Site, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(wanted, trainer, [engine])
+
+
+def test_engines_on_one_gpu_cannot_be_reached_by_a_broadcast() -> None:
+    with pytest.raises(ConfigError, match=r"engines share a GPU with each other.*gpus_per_worker=1"):
+        choose("broadcast", GPU_A, [GPU_B, GPU_B])
 
 
 JOINER = """
