@@ -16,6 +16,7 @@ from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import Generation, Request, Sampling, check_generation
 from r3.rollout.engines import sglang
 from r3.rollout.engines.sglang_args import REFUSALS, check_engine_args, check_environment, check_release, engine_kwargs
+from r3.rollout.wire.common import Wire
 from r3.types import WeightBuckets
 from tests.tiny_model import write_files
 
@@ -104,7 +105,7 @@ def test_later_rows_are_asked_for_once_a_batch_and_cut_for_each_request(
 
     assert stub(adapter).options["routed_experts_start_len"] == 1
     assert [answer.routing.spans[0][:2] for answer in found] == [(1, 4), (3, 4)]
-    assert [answer.wire for answer in found] == [("int32", 1 if honours else 0)] * 2
+    assert [answer.wire for answer in found] == [Wire("int32", 1 if honours else 0)] * 2
     for request, answer in zip((first, second), found, strict=True):
         assert check_generation(request, answer, adapter.spec(), capture=True) is None
         wrong = replace(request, routing_start=2)
