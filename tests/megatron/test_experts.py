@@ -123,6 +123,11 @@ def test_who_is_grouped(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not grouped()
     assert grouped(experts="grouped")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert not grouped(dtype="bfloat16")
+    with pytest.raises(ConfigError, match="right on Hopper GPUs"):
+        grouped(dtype="bfloat16", experts="grouped")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert grouped(dtype="bfloat16")
     assert not grouped(dtype="bfloat16", experts="sequential")
     assert not grouped(dtype="float32")
