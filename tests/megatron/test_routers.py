@@ -322,7 +322,7 @@ def test_packing_pads_only_what_the_layout_needs(model_dir: Path) -> None:
     [
         (
             {"processes": 2, "tensor_parallel": 2, "expert_tensor_parallel": 1},
-            "would not reduce the experts' gradients",
+            "would reduce the experts' gradients over the wrong ranks",
         ),
         ({"processes": 3, "tensor_parallel": 2}, "not divisible by tensor_parallel"),
         ({"processes": 2, "expert_parallel": 4}, "not divisible by expert_tensor_parallel"),

@@ -141,7 +141,8 @@ def test_every_actor_sees_its_own_gpus(name, gpus, rollout, trainer):
 
 
 def test_demand_counts_every_actor():
-    wanted = config(rollout={"workers": 3, "gpus_per_worker": 0.5}, trainer={"processes": 4, "gpus_per_process": 1})
+    engines = {"workers": 3, "gpus_per_worker": 0.5, "mem_fraction": 0.4}
+    wanted = config(rollout=engines, trainer={"processes": 4, "gpus_per_process": 1})
     assert demand(wanted) == Demand(cpus=7, gpus=5.5)
 
 
