@@ -17,7 +17,7 @@ from r3.tokens import EDGES, TokenReport
 from r3.tracking import Tracker
 from tests.made_up_run import LAYERS, make_row, make_tokens
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
         for step in range(1, 7):
             tracker.log(step, make_row(step), make_tokens(step) if step % 5 == 1 else None)
         tracker.close(0)
+        # `finish` answers before W&B's own process wrote the last block of the file; its end is what waits for that.
+        wandb.teardown()
         yield run
 
 
