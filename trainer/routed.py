@@ -40,8 +40,7 @@ class AuditPairs:
     def of(cls, rows: AuditRows, where: torch.device) -> AuditPairs:
         """Upload the rows of one microbatch."""
         sizes = [len(part) for part in rows.own]
-        ends = [0, *accumulate(sizes)]
-        lag0 = slice(*ends[LAGS.index(0) :][:2])
+        begins, zero = [0, *accumulate(sizes)], LAGS.index(0)
         kinds = 2 * np.repeat(np.arange(len(LAGS)), sizes) + np.concatenate(rows.sampled)
         classes = kinds[:, None] == np.arange(2 * len(LAGS))
         places = upload(np.stack([np.concatenate(rows.own), np.concatenate(rows.record)]), where)
@@ -49,7 +48,7 @@ class AuditPairs:
             own=places[0],
             record=places[1],
             classes=upload(classes, where).double(),
-            lag0=lag0,
+            lag0=slice(begins[zero], begins[zero + 1]),
             window=upload(rows.window, where),
             pairs=classes.sum(0, dtype=np.int64).reshape(len(LAGS), 2),
             window_pairs=np.bincount(rows.window, minlength=AUDIT_WINDOWS),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from r3 import metrics
 from r3.audit import LAGS
 from r3.errors import ConfigError
 from r3.metrics import AUDIT_WINDOWS
@@ -22,8 +23,8 @@ from r3.trainer.routed import AuditPairs, RoutedRecord
 from r3.trainer.sampling import AuditRows, audit_rows
 from r3.trainer.tally import Tally
 from r3.trainer.use import RoutingUse
-from tests.megatron.test_replay import make_policy
-from tests.megatron.toys import make_batch, make_config, prepare
+from tests.megatron.test_replay import assert_same, make_policy
+from tests.megatron.toys import gradients, make_batch, make_config, prepare
 
 pytestmark = pytest.mark.megatron
 MODEL_LAYERS, LAYERS, FIRST, K, EXPERTS = 9, 6, 2, 3, 8
@@ -184,6 +185,40 @@ def test_ids_are_widened_in_the_order_of_the_router(monkeypatch: pytest.MonkeyPa
         assert torch.equal(record.ids(layer), expected)
         assert torch.equal(record.layers(layer, layer + 1)[0], expected)
     assert torch.equal(record.recorded, router_order(torch.from_numpy(case.recorded)))
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (1, 30), (5, 1), (2, 2)])
+def test_audited_pairs_are_those_of_the_rows_rolled_by_a_lag(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    recorded, sampled = rng.random(shape) < 0.8, rng.random(shape) < 0.5
+    windows = np.where(rng.random(shape) < 0.7, rng.integers(0, AUDIT_WINDOWS, shape), -1)
+    order = np.arange(recorded.size).reshape(shape) + (rng.random(shape) < 0.2)
+    found = audit_rows(recorded, order, windows, sampled)
+    place = np.arange(recorded.size).reshape(shape[::-1]).T
+    audited = recorded & (windows >= 0)
+    for lag, own, record, parts in zip(LAGS, *parts_of(found), strict=True):
+        valid = audited & np.roll(recorded, -lag, 1) & (np.roll(order, -lag, 1) == order + lag)
+        np.testing.assert_array_equal(own, place[valid])
+        np.testing.assert_array_equal(record, np.roll(place, -lag, 1)[valid])
+        np.testing.assert_array_equal(parts, sampled[valid])
+    np.testing.assert_array_equal(found.window, windows[audited])
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_comparing_changes_neither_gradient_nor_what_was_used(model_dir: Path) -> None:
+    policy = make_policy(model_dir)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
+    old = step.rollout_logprobs.astype(np.float64)
+    found = []
+    for compare in (True, False):
+        _, counts, _ = policy.accumulate(microbatches, step, old, None, RoutingUse(force=True, compare=compare))
+        found.append((counts, gradients(policy)))
+    (compared, first), (plain, second) = found
+    assert_same(first, second)
+    assert metrics.replay_health(plain) == metrics.replay_health(compared)
+    assert plain.replayed == plain.required > 0
+    assert compared.compared > 0
+    assert (plain.compared, plain.disagree_any, int(plain.disagree.sum())) == (0, 0, 0)
 
 
 def test_an_audit_or_a_trace_compares() -> None:
