@@ -126,11 +126,13 @@ class Tally:
         sizes = [layers, layers, 3, 6 * layers, AUDIT_WINDOWS, 6 * layers]
         disagree, followed, scalars, overlap, windows, overlap_pairs, window_pairs = np.split(flat, np.cumsum(sizes))
         replayed = int(followed.min()) if layers else 0
+        # A dense model has no top-k, and nothing to divide.
+        k = max(self.top_k, 1)
         return RouterCounts(
             disagree=disagree.astype(np.int64),
-            overlap=overlap.reshape(layers, 3, 2) / self.top_k,
+            overlap=overlap.reshape(layers, 3, 2) / k,
             overlap_pairs=overlap_pairs.astype(np.int64).reshape(layers, 3, 2),
-            windows=np.stack([windows / self.top_k, window_pairs], 1),
+            windows=np.stack([windows / k, window_pairs], 1),
             compared=int(scalars[1]),
             disagree_any=int(scalars[0]),
             mismatched_ids=int(scalars[2]),
