@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -23,7 +24,8 @@ from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func, parallel_state
 from r3.trainer.packing import Packing
 from r3.trainer.parallel import device, place, upload
-from r3.trainer.replay import AuditPairs, MicrobatchRouting, ReplayContext
+from r3.trainer.replay import ReplayContext
+from r3.trainer.routed import AuditPairs, MicrobatchRouting
 from r3.trainer.rows import RowClasses
 from r3.trainer.sampling import audit_rows
 from r3.trainer.tally import Tally
@@ -230,7 +232,10 @@ class Policy:
             if chunks is self._reference:
                 return call(), partial(loss, microbatch)
             chunk = next(index for index, one in enumerate(chunks) if one is module)
+            begin = time.perf_counter()
             routing = _routing(microbatch, use, where, own[index])
+            if routing.experts is not None:
+                tally.spent_since(begin)
             return self.replay.run(routing, call, chunk), partial(loss, microbatch)
 
         sources = [iter(enumerate(microbatches)) for _ in chunks]
@@ -291,16 +296,16 @@ def _routing(
     def tensor(array: NDArray[Any]) -> torch.Tensor:
         return upload(array, where)
 
+    needed = use is not None and (use.force or use.compare or use.keep)
     audit = None
     if use is not None and use.audit:
         rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
-        mine, record, sampled = (tuple(map(tensor, part)) for part in (rows.own, rows.record, rows.sampled))
-        audit = AuditPairs(mine, record, sampled, tensor(rows.window))
+        audit = AuditPairs.of(rows, where)
     recorded = microbatch.recorded
     if use is not None and use.sampled_rows:
         recorded = recorded & microbatch.sampled
     return MicrobatchRouting(
-        experts=None if use is None or microbatch.experts is None else tensor(microbatch.experts),
+        experts=tensor(microbatch.experts) if needed and microbatch.experts is not None else None,
         recorded=tensor(recorded),
         pads=tensor(microbatch.pads),
         force=use is not None and use.force,
@@ -309,6 +314,7 @@ def _routing(
         fault=None if use is None else use.fault,
         own=own if use is not None and use.keep else None,
         trace=use is not None and use.trace,
+        compare=use is not None and use.compare,
     )
 
 

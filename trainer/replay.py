@@ -25,54 +25,16 @@ from typing import Any
 
 import torch
 
-from r3.audit import LAGS
 from r3.errors import ConfigError, RoutingError
+from r3.trainer.counting import MicrobatchCounts
 from r3.trainer.megatron import TopKRouter, TransformerConfig
+from r3.trainer.routed import MicrobatchRouting as MicrobatchRouting
+from r3.trainer.routed import RoutedRecord
+from r3.trainer.routed import router_order as router_order
 from r3.trainer.tally import Tally
-from r3.trainer.use import RouterFault
 from r3.types import ModelSpec
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AuditPairs:
-    """Rows to compare, int64 indices into a router's rows on the model's device; see `r3.trainer.sampling.AuditRows`.
-
-    `own`, `record`, `sampled`: one tensor for each lag -1, 0, +1; `window`: of each pair at lag 0.
-    """
-
-    own: tuple[torch.Tensor, ...]
-    record: tuple[torch.Tensor, ...]
-    sampled: tuple[torch.Tensor, ...]
-    window: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MicrobatchRouting:
-    """What the routers of this rank need to know of one microbatch, on the model's device; `[b, s]` are its rows.
-
-    `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
-    and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
-    rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
-    model's own choice. `pads` bool `[b, s]`. With `audit` its rows are also compared with the record shifted by one row
-    in both directions. `layers` and `fault` are those of `r3.trainer.use.RoutingUse`; `own` collects the model's own
-    choice, `[s * b, k]` by local MoE layer. `trace` keeps which rows differ in which layer.
-    """
-
-    experts: torch.Tensor | None
-    recorded: torch.Tensor
-    pads: torch.Tensor
-    force: bool
-    audit: AuditPairs | None = None
-    layers: tuple[int, ...] | None = None
-    fault: RouterFault | None = None
-    own: dict[int, torch.Tensor] | None = None
-    trace: bool = False
-
-    def forces(self, layer: int) -> bool:
-        """Tell whether the record is forced in MoE layer `layer` (global index)."""
-        return self.force and (self.layers is None or layer in self.layers)
 
 
 def refuse_unsupported_router(config: TransformerConfig) -> None:
@@ -144,25 +106,28 @@ class _Active:
     routing: MicrobatchRouting
     tally: Tally | None
     clock: Tally | None = None
-    recorded: torch.Tensor = field(init=False)
-    differs: torch.Tensor = field(init=False)
-    flags: dict[int, torch.Tensor] = field(default_factory=dict)
+    record: RoutedRecord = field(init=False)
+    counts: MicrobatchCounts | None = field(init=False)
 
     def __post_init__(self) -> None:
-        begin = time.perf_counter()
-        self.recorded = router_order(self.routing.recorded)
-        self.differs = torch.zeros_like(self.recorded)
-        self.spent_since(begin)
+        self.record = RoutedRecord(self.routing)
+        self.counts = None if self.tally is None else MicrobatchCounts(self.tally, self.routing, self.record)
 
     def spent_since(self, begin: float) -> None:
         """Count the host time since `begin` (`time.perf_counter()`) as replay's own."""
         if self.clock is not None:
-            self.clock.seconds += time.perf_counter() - begin
+            self.clock.spent_since(begin)
 
-    def ids(self, column: int) -> torch.Tensor:
-        """Widen one layer: int64 `[s * b, k]` in the router's order."""
-        assert self.routing.experts is not None
-        return router_order(self.routing.experts[:, :, column]).to(torch.int64)
+    def ids(self, local: int) -> torch.Tensor:
+        """Return the recorded ids of one layer, int64 `[s * b, k]` in the router's order."""
+        return self.record.ids(local)
+
+    def finish(self, chunk: int) -> None:
+        """Count what the routers of `chunk` did."""
+        if self.counts is not None:
+            begin = time.perf_counter()
+            self.counts.finish(chunk)
+            self.spent_since(begin)
 
 
 class ReplayContext:
@@ -200,7 +165,7 @@ class ReplayContext:
         exactly once per microbatch.
         """
         self.require_empty("before the pass")
-        self._tally = Tally.zero(len(self._spec.moe_layers), device)
+        self._tally = Tally.zero(len(self._spec.moe_layers), device, self._spec.top_k)
         try:
             yield self._tally
             self.require_empty("after the pass")
@@ -220,13 +185,10 @@ class ReplayContext:
         """
         self.require_empty("before a microbatch")
         self._check(routing)
-        self._active = _Active(routing, self._tally, self._tally)
+        active = self._active = _Active(routing, self._tally, self._tally)
         try:
             output = call()
-            if self._tally is not None:
-                compared = routing.experts is not None
-                done = self._active
-                self._tally.finish_microbatch(chunk, done.differs, done.recorded, compared, done.flags)
+            active.finish(chunk)
         finally:
             self._active = None
         if output.requires_grad:
@@ -298,7 +260,7 @@ class _Visit:
             )
         self._own, self._ids = own, ids
         if force:
-            own = torch.where(self._active.recorded[:, None], ids, own)
+            own = torch.where(self._active.record.mask, ids, own)
             values = scores.gather(1, own)
         if fault is not None and fault.uniform_gates:
             # Equal before the softmax over the chosen as well as behind one over all.
@@ -306,9 +268,8 @@ class _Visit:
         self._active.spent_since(begin)
         return values, own
 
-    @torch.no_grad()
     def account(self, routing_map: torch.Tensor) -> None:
-        """Count what the router did; `routing_map` bool `[tokens, experts]` is what the experts will really get.
+        """Hand over what the router did; `routing_map` bool `[tokens, experts]` is what the experts will really get.
 
         Raises `RoutingError` when this Megatron-core never asked for replay.
         """
@@ -316,36 +277,15 @@ class _Visit:
             raise RoutingError(
                 f"the router of layer {self._layer} never asked for replay; is this megatron-core supported?"
             )
-        tally, active = self._active.tally, self._active
-        if tally is None:
+        routing, counts = self._active.routing, self._active.counts
+        if counts is None:
             return
         begin = time.perf_counter()
-        if active.routing.own is not None:
-            active.routing.own[self._local] = self._own
-        shared = contained(self._ids, self._own)
-        differs = ~shared.all(1) & active.recorded
-        active.differs |= differs
-        if active.routing.trace:
-            active.flags[self._column] = differs
-        tally.disagree[self._column] += differs.sum()
-        tally.visits[self._column] = tally.visits.get(self._column, 0) + 1
-        if active.routing.forces(self._layer):
-            used = routing_map.gather(1, self._ids).bool()
-            tally.mismatched_ids += (~used & active.recorded[:, None]).sum()
-            tally.followed[self._column] += (used.all(1) & active.recorded).sum()
-        if active.routing.audit is not None:
-            self._overlap(tally, self._own, self._ids, active.routing.audit)
-        active.spent_since(begin)
-
-    def _overlap(self, tally: Tally, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
-        """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""
-        for index, (mine, recorded, sampled) in enumerate(zip(audit.own, audit.record, audit.sampled, strict=True)):
-            hits = contained(ids[recorded], own[mine]).sum(1, dtype=torch.float64) / own.shape[1]
-            parts = torch.stack([~sampled, sampled], 1)
-            tally.overlap[self._column, index] += hits @ parts.double()
-            tally.overlap_pairs[self._column, index] += parts.sum(0)
-            if LAGS[index] == 0:
-                tally.windows.index_add_(0, audit.window, torch.stack([hits, torch.ones_like(hits)], 1))
+        if routing.own is not None:
+            routing.own[self._local] = self._own
+        used = routing_map.gather(1, self._ids) if routing.forces(self._layer) else None
+        counts.add(self._local, self._column, self._own, used)
+        self._active.spent_since(begin)
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -364,13 +304,3 @@ def _require_unbound(layer: int, router: TopKRouter, spec: ModelSpec) -> None:
             f"the router of layer {layer} chooses {router.topk} of {router.num_experts} experts, "
             f"the checkpoint says {spec.top_k} of {spec.num_experts}"
         )
-
-
-def router_order(rows: torch.Tensor) -> torch.Tensor:
-    """Bring rows `[b, s, ...]` into the order in which a router sees its tokens: `[s * b, ...]`, sequence first."""
-    return rows.transpose(0, 1).reshape(-1, *rows.shape[2:])
-
-
-def contained(ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """Tell for each of `ids` `[tokens, k]` whether the same row of `among` `[tokens, k]` has it; bool `[tokens, k]`."""
-    return (ids[:, :, None] == among[:, None, :]).any(-1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from r3.audit import LAGS, choose_windows
 from r3.trainer.rows import Bools, Ints
@@ -67,13 +66,14 @@ def audit_rows(recorded: Bools, order: Ints, windows: Ints, sampled: Bools) -> A
 
     Pairs that are cut apart, at the edge of a context- or sequence-parallel rank's rows, are left out.
     """
-    place: NDArray[np.int64] = np.arange(recorded.size).reshape(recorded.shape[::-1]).T
+    sequences, rows = recorded.shape
+    b, s = np.nonzero(recorded & (windows >= 0))
     own, record, parts = [], [], []
     for lag in LAGS:
+        other = (s + lag) % rows
         # The last position of a sequence has no record, so no row is paired with one of another sequence.
-        neighbour = np.roll(recorded, -lag, 1) & (np.roll(order, -lag, 1) == order + lag)
-        valid = recorded & (windows >= 0) & neighbour
-        own.append(place[valid])
-        record.append(np.roll(place, -lag, 1)[valid])
-        parts.append(sampled[valid])
-    return AuditRows(tuple(own), tuple(record), tuple(parts), windows[recorded & (windows >= 0)])
+        valid = recorded[b, other] & (order[b, other] == order[b, s] + lag)
+        own.append((s * sequences + b)[valid])
+        record.append((other * sequences + b)[valid])
+        parts.append(sampled[b, s][valid])
+    return AuditRows(tuple(own), tuple(record), tuple(parts), windows[b, s])

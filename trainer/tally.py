@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from r3.errors import RoutingError
 from r3.metrics import AUDIT_WINDOWS, RouterCounts
@@ -19,53 +21,69 @@ class Tally:
     """Sums over the router calls of one pass; see `RouterCounts` for their meaning.
 
     Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own.
-    `followed` int64 `[layers]`: rows for which the router really used every recorded id; `visits`: calls per layer;
-    `differs`: for each microbatch, which rows differ in any of this rank's layers; `runs`: microbatches per model
-    chunk; `flags`: for each microbatch and column, where asked for, which rows differ there; `seconds`: host time spent
-    in replay.
+    `followed` int64 `[layers]`: rows for which the router really used every recorded id; `overlap` `[layers, 3, 2]` and
+    `windows` `[AUDIT_WINDOWS]`: ids shared by the audited pairs, counts in float64; `overlap_pairs`, `window_pairs`:
+    the number of pairs, which the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
+    `differs`: for each microbatch that was compared, which rows differ in any of this rank's layers; `runs`:
+    microbatches per model chunk; `flags`: for each microbatch and column, where asked for, which rows differ there;
+    `seconds`: host time spent in replay.
     """
 
+    top_k: int
     disagree: torch.Tensor
     followed: torch.Tensor
     overlap: torch.Tensor
-    overlap_pairs: torch.Tensor
     windows: torch.Tensor
     compared: torch.Tensor
     mismatched_ids: torch.Tensor
+    overlap_pairs: NDArray[np.int64]
+    window_pairs: NDArray[np.int64]
     visits: dict[int, int] = field(default_factory=dict)
     differs: dict[int, torch.Tensor] = field(default_factory=dict)
     runs: dict[int, int] = field(default_factory=dict)
+    routed: set[int] = field(default_factory=set)
     flags: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @classmethod
-    def zero(cls, layers: int, device: torch.device) -> Tally:
-        """Return empty counters for a model with that many MoE layers."""
+    def zero(cls, layers: int, device: torch.device, top_k: int) -> Tally:
+        """Return empty counters for a model with that many MoE layers and experts per token."""
 
         def count(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
-        overlap = torch.zeros(layers, 3, 2, dtype=torch.float64, device=device)
-        windows = torch.zeros(AUDIT_WINDOWS, 2, dtype=torch.float64, device=device)
-        return cls(count(layers), count(layers), overlap, count(layers, 3, 2), windows, count(), count())
+        return cls(
+            top_k=top_k,
+            disagree=count(layers),
+            followed=count(layers),
+            overlap=count(layers, 3, 2).double(),
+            windows=count(AUDIT_WINDOWS).double(),
+            compared=count(),
+            mismatched_ids=count(),
+            overlap_pairs=np.zeros((layers, 3, 2), np.int64),
+            window_pairs=np.zeros(AUDIT_WINDOWS, np.int64),
+        )
 
-    def finish_microbatch(
-        self,
-        chunk: int,
-        differs: torch.Tensor,
-        recorded: torch.Tensor,
-        compared: bool,
-        flags: Mapping[int, torch.Tensor],
+    def spent_since(self, begin: float) -> None:
+        """Count the host time since `begin` (`time.perf_counter()`) as replay's own."""
+        self.seconds += time.perf_counter() - begin
+
+    def finish_microbatch(self, chunk: int, routed: bool) -> int:
+        """Note that `chunk` ran its next microbatch, with a record if `routed`; return which one it was."""
+        index = self.runs.get(chunk, 0)
+        self.runs[chunk] = index + 1
+        if routed:
+            self.routed.add(index)
+        return index
+
+    def note_differences(
+        self, index: int, differs: torch.Tensor, recorded: torch.Tensor, flags: Mapping[int, torch.Tensor]
     ) -> None:
-        """Note that `chunk` ran its next microbatch, and which of its rows (router order) differ there.
+        """Note which rows of microbatch `index` (router order) differ in a chunk of the model.
 
         `flags`: the same by layer (column), empty where nobody asks for it.
         """
-        index = self.runs.get(chunk, 0)
-        self.runs[chunk] = index + 1
         self.flags.setdefault(index, {}).update(flags)
-        if not compared:
-            return
         if index not in self.differs:
             self.differs[index] = differs
             self.compared += recorded.sum()
@@ -80,9 +98,9 @@ class Tally:
             )
         for layer, column in columns.items():
             found = self.visits.get(column, 0)
-            if found != len(self.differs):
+            if found != len(self.routed):
                 raise RoutingError(
-                    f"the router of layer {layer} was consulted {found} times in {len(self.differs)} microbatches"
+                    f"the router of layer {layer} was consulted {found} times in {len(self.routed)} microbatches"
                 )
 
     def counts(self, rows: RowClasses) -> RouterCounts:
@@ -97,20 +115,24 @@ class Tally:
         if where.stage != where.stages - 1:
             # Every stage compares the same rows.
             anywhere, self.compared = torch.zeros_like(anywhere), torch.zeros_like(self.compared)
-        integers = (self.disagree, self.followed, self.overlap_pairs, anywhere, self.compared, self.mismatched_ids)
-        local = torch.cat([tensor.reshape(-1).double() for tensor in (*integers, self.overlap, self.windows)])
+        pairs = np.concatenate([self.overlap_pairs.reshape(-1), self.window_pairs]).astype(np.float64)
+        found = (self.disagree, self.followed, anywhere, self.compared, self.mismatched_ids, self.overlap, self.windows)
+        parts = [tensor.reshape(-1).double() for tensor in found]
+        local = torch.cat([*parts, parallel.upload(pairs, self.disagree.device)])
         flat = parallel.sum_over_model(local).cpu().numpy()
         layers = len(self.disagree)
         if not where.reports or where.context:
             return RouterCounts.zero(layers)
-        sizes = [layers, layers, 6 * layers, 3, 6 * layers]
-        disagree, followed, pairs, scalars, overlap, windows = np.split(flat, np.cumsum(sizes))
+        sizes = [layers, layers, 3, 6 * layers, AUDIT_WINDOWS, 6 * layers]
+        disagree, followed, scalars, overlap, windows, overlap_pairs, window_pairs = np.split(flat, np.cumsum(sizes))
         replayed = int(followed.min()) if layers else 0
+        # A dense model has no top-k, and nothing to divide.
+        k = max(self.top_k, 1)
         return RouterCounts(
             disagree=disagree.astype(np.int64),
-            overlap=overlap.reshape(layers, 3, 2),
-            overlap_pairs=pairs.astype(np.int64).reshape(layers, 3, 2),
-            windows=windows.reshape(-1, 2),
+            overlap=overlap.reshape(layers, 3, 2) / k,
+            overlap_pairs=overlap_pairs.astype(np.int64).reshape(layers, 3, 2),
+            windows=np.stack([windows / k, window_pairs], 1),
             compared=int(scalars[1]),
             disagree_any=int(scalars[0]),
             mismatched_ids=int(scalars[2]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from r3.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class RouterFault:
@@ -22,10 +24,11 @@ class RouterFault:
 class RoutingUse:
     """How one pass uses the records: `force` replays them, otherwise they are only compared with the own choice.
 
+    `compare` counts where the model's own choice is another one; without, a pass only replays, and counts what it used.
     `audit` adds overlaps at three lags; `keep` hands the model's own choice back as microbatches that replay it (R2).
     `layers`: global indices of the MoE layers that are forced, None for all; `sampled_rows`: only the records of rows
     whose input token was sampled count as records. `fault`: see `RouterFault`. `trace` keeps, for every response token,
-    the layers that disagree.
+    the layers that disagree. Raises `ConfigError` for an audit or a trace that does not compare.
     """
 
     force: bool
@@ -35,3 +38,8 @@ class RoutingUse:
     sampled_rows: bool = False
     fault: RouterFault | None = None
     trace: bool = False
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.audit or self.trace) and not self.compare:
+            raise ConfigError("an audit or a trace compares the own choice with the record; leave compare=True")

@@ -198,9 +198,9 @@ class TrainerWorker:
         loads = self._expert_loads(share_.step)
         tokens = self._tokens.report(step, share_.step, old.traced, native.traced if native else None)
         reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
-        updates = [
-            self.policy.update(mini_step, share_.step, old.logprobs, reference, use) for mini_step in share_.mini_steps
-        ]
+        # The old log-probs' pass compared the same records; updates are only asked for what they used.
+        plain = replace(use, compare=False)
+        updates = [self.policy.update(one, share_.step, old.logprobs, reference, plain) for one in share_.mini_steps]
         report = {
             **self._old_metrics(share_.step, old, native, use),
             **(self._mismatch("mismatch_r2", share_.step, r2) if r2 else {}),

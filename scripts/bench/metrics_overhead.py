@@ -4,12 +4,12 @@
     python scripts/bench/metrics_overhead.py
     python scripts/bench/metrics_overhead.py --tokens 8192 --repeats 30
 
-*Routers*: counting disagreement and used ids and the audit's overlaps, inside every router call. *Mismatch*: the sums
-over tokens. *Loads*: expert histograms. *Reduce*: joining the counters. *Driver*: alarms, early loads, the step's line
-in `metrics.jsonl`. *Tokens*: the data of single tokens, which one step in `metrics.tokens_every` keeps, spread over all
-of them. One process; each part is timed inside the same steps that it is compared with, so that the share
-depends little on the machine's load. The step is that of the trainer alone, without generation: a larger step only
-makes the share smaller. Means over whole rounds of `metrics.tokens_every` steps.
+*Routers*: counting disagreement, used ids and the audit's overlaps, in every router call and behind every microbatch.
+*Mismatch*: the sums over tokens. *Loads*: expert histograms. *Reduce*: joining the counters. *Driver*: alarms, early
+loads, the step's line in `metrics.jsonl`. *Tokens*: the data of single tokens, which one step in `metrics.tokens_every`
+keeps, spread over all of them. One process; each part is timed inside the same steps that it is compared with, so that
+the share depends little on the machine's load. The step is that of the trainer alone, without generation: a larger step
+only makes the share smaller. Means over whole rounds of `metrics.tokens_every` steps.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from r3.builtin import resolve_model
 from r3.config import MetricsConfig, ModelConfig
 from r3.run import RunDirectory
 from r3.trainer import worker as worker_module
+from r3.trainer.counting import MicrobatchCounts
 from r3.trainer.replay import _Visit
 from r3.trainer.tally import Tally
 from r3.trainer.trace import TokenObserver, Trace
@@ -71,7 +72,7 @@ def instrument(watch: Stopwatch) -> None:
     """Time every function that only measures."""
     for owner, name, part in (
         (_Visit, "account", "routers"),
-        (Tally, "finish_microbatch", "routers"),
+        (MicrobatchCounts, "finish", "routers"),
         (Tally, "counts", "reduce"),
         (worker_module, "counts_over_ranks", "reduce"),
         (metrics, "mismatch", "mismatch"),

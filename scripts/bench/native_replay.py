@@ -32,6 +32,7 @@ from r3.trainer.batching import MicroBatch, StepBatch
 from r3.trainer.model import Architecture
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.trainer.policy import Policy, RoutingUse
+from r3.trainer.routed import WIDE_BYTES
 from r3.types import Batch, ModelSpec, Trajectory
 from scripts.bench.replay_time import SIZES, laid_out
 from scripts.bench.replay_time import make_batch as long_batch
@@ -105,9 +106,13 @@ def active_bytes(policy: Policy) -> int:
 
 
 def most_bytes(microbatches: list[MicroBatch]) -> int:
-    """Return what we hold at once: a microbatch's record, which its graph keeps for backward, and a layer as int64."""
+    """Return what we hold at once: a microbatch's record, which its graph keeps for backward, and its ids as int64.
+
+    Those of one layer alone where all would be too large.
+    """
     experts = [m.experts for m in microbatches if m.experts is not None]
-    return max(array.nbytes + array[:, :, 0].size * 8 for array in experts)
+    wide = [array if 8 * array.size <= WIDE_BYTES else array[:, :, 0] for array in experts]
+    return max(array.nbytes + 8 * ids.size for array, ids in zip(experts, wide, strict=True))
 
 
 def wrong(directory: Path) -> None:
@@ -118,7 +123,7 @@ def wrong(directory: Path) -> None:
         Policy(config, Architecture.from_directory(directory), directory, updates=10),
         native_policy(config, directory),
     )
-    step, microbatches = prepare(policies[0], make_batch(policies[0]._arch.spec), 5)
+    step, microbatches = prepare(policies[0], make_batch(policies[0].arch.spec), 5)
     rights = [gradient_of(policy, step, microbatches) for policy in policies]
     for name, spoil in SPOILED.items():
         ours, native = policies

@@ -63,16 +63,17 @@ class Run:
 class GivenRouting:
     """`ReplayContext`'s interface for the way `off`: ids are on the device before the step, nothing is counted."""
 
-    def __init__(self, layers: Sequence[int], ids: Sequence[dict[int, torch.Tensor]]) -> None:
+    def __init__(self, layers: Sequence[int], top_k: int, ids: Sequence[dict[int, torch.Tensor]]) -> None:
         # `ids`: for each microbatch of a pass, int64 [s * b, k] by layer.
         self._ids, self._active = ids, -1
         self.columns, self._layers, self._calls = tuple(range(len(layers))), len(layers), 0
+        self._top_k = top_k
         self._pads: torch.Tensor | None = None
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[Tally]:
         self._calls = 0
-        yield Tally.zero(self._layers, device)
+        yield Tally.zero(self._layers, device, self._top_k)
 
     def run(self, routing: MicrobatchRouting, call: Callable[[], torch.Tensor], chunk: int = 0) -> torch.Tensor:
         index, pads = self._calls, routing.pads.T
@@ -123,8 +124,9 @@ class Bench:
         )
         self.tokens = self._with.tokens
         self._replay = self.ours.replay
-        layers = self._arch.spec.moe_layers
-        self._given = GivenRouting(layers, [self._ids(one) for one in self._laid_out(self.ours, self._with)])
+        spec = self._arch.spec
+        ids = [self._ids(one) for one in self._laid_out(self.ours, self._with)]
+        self._given = GivenRouting(spec.moe_layers, spec.top_k, ids)
 
     def run(self, way: str) -> Run:
         """Run one step."""
@@ -138,7 +140,8 @@ class Bench:
         old = policy.logprobs(microbatches, step, use)
         if isinstance(policy.replay, NativeReplay):
             policy.replay.clear()
-        policy.update(microbatches, step, old.logprobs, None, None if use is None else RoutingUse(force=True))
+        update = None if use is None else RoutingUse(force=True, compare=False)
+        policy.update(microbatches, step, old.logprobs, None, update)
         seconds = _now() - begin
         if isinstance(policy.replay, NativeReplay):
             policy.replay.clear()

@@ -5,10 +5,10 @@
     python scripts/bench/replay_time.py --tokens 8192 --recompute full
 
 A step is what the trainer does with one batch: lay out the microbatches, recompute the log-probs, one update. *Align*
-is what `microbatch` takes with records more than without; *force and account* is what the routers take
-(`train/replay_s`): rows in the routers' order, ids widened to int64, scores gathered at them, ids used and
-disagreements counted, the audit made. All in one run, so that the share depends little on the machine's load; the
-median over the steps.
+is what `microbatch` takes with records more than without; *force and account* is what the passes take
+(`train/replay_s`): records brought to the device, rows in the routers' order, ids widened to int64, scores gathered at
+them, ids used and disagreements counted, the audit made. All in one run, so that the share depends little on the
+machine's load; the median over the steps.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def one_step(policy: Policy, steps: tuple[StepBatch, StepBatch], size: int, audi
     microbatches, aligned = laid_out(policy, with_records, size)
     use = RoutingUse(force=True)
     old = policy.logprobs(microbatches, with_records, replace(use, audit=audit))
-    update = policy.update(microbatches, with_records, old.logprobs, None, use)
+    update = policy.update(microbatches, with_records, old.logprobs, None, replace(use, compare=False))
     return time.perf_counter() - begin, aligned - plain, old.replay_s + update.replay_s
 
 

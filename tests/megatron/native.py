@@ -42,16 +42,19 @@ class NativeReplay:
         ]
         self._local = {layer: index for index, layer in enumerate(sorted(self._routers))}
         self.columns = tuple(spec.moe_layers.index(layer) for layer in sorted(self._routers))
-        self._layers = len(spec.moe_layers)
+        self._layers, self._top_k = len(spec.moe_layers), spec.top_k
         self.spoil: Callable[[Ids], Ids] = lambda ids: ids
-        self.peak_bytes, self._tally = 0, Tally.zero(self._layers, torch.device("cpu"))
+        self.peak_bytes, self._tally = 0, self._zero(torch.device("cpu"))
         for replay in self._routers.values():
             replay.get_replay_topk = self._timed(replay)
+
+    def _zero(self, device: torch.device) -> Tally:
+        return Tally.zero(self._layers, device, self._top_k)
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[Tally]:
         """Open a pass; its own time is that of the conversion of ids and of `get_replay_topk`."""
-        self._tally = Tally.zero(self._layers, device)
+        self._tally = self._zero(device)
         yield self._tally
 
     def run(self, routing: MicrobatchRouting, call: Callable[[], torch.Tensor], chunk: int = 0) -> torch.Tensor:

@@ -309,7 +309,7 @@ def test_nothing_is_left_after_an_exception(
 def test_the_own_time_covers_every_part_of_replay(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, intervals: int
 ) -> None:
-    """Activation, force and account of 4 layers; activation in backward, and force again where it is recomputed."""
+    """The record's way to the device, force and account of 4 layers, the count; force again where it is recomputed."""
     policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
     step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     ticks = itertools.count()

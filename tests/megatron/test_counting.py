@@ -1,0 +1,281 @@
+"""Counting some layers at once gives what counting layer by layer gives, and a router call stays a few operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from r3 import metrics
+from r3.audit import LAGS
+from r3.errors import ConfigError
+from r3.metrics import AUDIT_WINDOWS
+from r3.trainer import counting, replay, routed
+from r3.trainer.counting import MicrobatchCounts
+from r3.trainer.replay import MicrobatchRouting, router_order
+from r3.trainer.routed import AuditPairs, RoutedRecord
+from r3.trainer.sampling import AuditRows, audit_rows
+from r3.trainer.tally import Tally
+from r3.trainer.use import RoutingUse
+from tests.megatron.test_replay import assert_same, make_policy
+from tests.megatron.toys import gradients, make_batch, make_config, prepare
+
+pytestmark = pytest.mark.megatron
+MODEL_LAYERS, LAYERS, FIRST, K, EXPERTS = 9, 6, 2, 3, 8
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Random visits of one microbatch `[b, s]`; `own`, `maps`: by local layer, the own ids and the used experts."""
+
+    experts: np.ndarray
+    recorded: np.ndarray
+    rows: AuditRows
+    own: tuple[torch.Tensor, ...]
+    maps: tuple[torch.Tensor, ...]
+
+
+def make_case(seed: int, shape: tuple[int, int]) -> Case:
+    rng = np.random.default_rng(seed)
+    b, s = shape
+
+    def ids(*lead: int) -> np.ndarray:
+        return np.argsort(rng.random((*lead, EXPERTS)), -1)[..., :K]
+
+    experts = ids(b, s, LAYERS).astype(np.uint8)
+    recorded = rng.random(shape) < 0.8
+    flat = experts.swapaxes(0, 1).reshape(b * s, LAYERS, K)
+    own, maps = [], []
+    for layer in range(LAYERS):
+        # Half of the rows agree with the record, and most of them are followed.
+        rows = np.where(rng.random((b * s, 1)) < 0.5, flat[:, layer, ::-1], ids(b * s))
+        used = np.where(rng.random((b * s, 1)) < 0.9, flat[:, layer], ids(b * s))
+        own.append(torch.from_numpy(rows.astype(np.int64)))
+        maps.append(torch.zeros(b * s, EXPERTS, dtype=torch.bool).scatter(1, torch.from_numpy(used.astype(int)), True))
+    windows = np.where(rng.random(shape) < 0.7, rng.integers(0, AUDIT_WINDOWS, shape), -1)
+    order = np.arange(b * s).reshape(shape) + (rng.random(shape) < 0.1)
+    return Case(
+        experts, recorded, audit_rows(recorded, order, windows, rng.random(shape) < 0.5), tuple(own), tuple(maps)
+    )
+
+
+def slow_counts(tally: Tally, case: Case, forced: Sequence[int]) -> dict[str, Any]:
+    """Row by row, layer by layer, in Python; `tally` only says how long the counters are."""
+    found = {name: torch.zeros_like(getattr(tally, name)).numpy() for name in COUNTERS}
+    pairs, window_pairs = np.zeros_like(tally.overlap_pairs), np.zeros_like(tally.window_pairs)
+    b, s = case.recorded.shape
+    record = case.experts.swapaxes(0, 1).reshape(b * s, LAYERS, K)
+    recorded = case.recorded.T.reshape(-1)
+    differs = np.zeros((LAYERS, b * s), bool)
+    for layer in range(LAYERS):
+        column, own, used = FIRST + layer, case.own[layer].numpy(), case.maps[layer].numpy()
+        for t in np.flatnonzero(recorded):
+            differs[layer, t] = set(own[t]) != set(record[t, layer])
+            if layer in forced:
+                left = int((~used[t, record[t, layer]]).sum())
+                found["mismatched_ids"] += left
+                found["followed"][column] += left == 0
+        found["disagree"][column] = differs[layer].sum()
+        for lag, (mine, other, sampled) in enumerate(zip(*parts_of(case.rows), strict=True)):
+            for index, (t, u, kind) in enumerate(zip(mine, other, sampled, strict=True)):
+                shared = len(set(own[t]) & set(record[u, layer]))
+                found["overlap"][column, lag, int(kind)] += shared
+                pairs[column, lag, int(kind)] += 1
+                if LAGS[lag] == 0:
+                    found["windows"][case.rows.window[index]] += shared
+                    window_pairs[case.rows.window[index]] += 1
+    found["compared"] += recorded.sum()
+    return found | {"overlap_pairs": pairs, "window_pairs": window_pairs, "differs": differs}
+
+
+COUNTERS = ("disagree", "followed", "overlap", "windows", "compared", "mismatched_ids")
+
+
+def parts_of(rows: AuditRows) -> tuple[Any, Any, Any]:
+    return rows.own, rows.record, rows.sampled
+
+
+def routing_of(case: Case, **changes: Any) -> MicrobatchRouting:
+    recorded = torch.from_numpy(case.recorded)
+    return MicrobatchRouting(torch.from_numpy(case.experts), recorded, ~recorded, force=True, **changes)
+
+
+def counted(
+    tally: Tally, case: Case, routing: MicrobatchRouting, forced: Sequence[int], chunks: Sequence[range]
+) -> None:
+    """Let the routers of every chunk of the model report, then finish it."""
+    for chunk, layers in enumerate(chunks):
+        record = RoutedRecord(routing)
+        counts = MicrobatchCounts(tally, routing, record)
+        for layer in layers:
+            used = case.maps[layer].gather(1, record.ids(layer)) if layer in forced else None
+            counts.add(layer, FIRST + layer, case.own[layer], used)
+        counts.finish(chunk)
+
+
+ROOMS = {"all layers at once": None, "two at once": 2, "each alone": 0}
+
+
+@pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
+@pytest.mark.parametrize("forced", [range(LAYERS), (), (0, 1, 4)], ids=["all forced", "none forced", "some forced"])
+@pytest.mark.parametrize("chunks", [[range(LAYERS)], [range(3), range(3, LAYERS), range(0)]], ids=["one", "chunks"])
+def test_layers_counted_at_once_are_those_counted_alone(
+    monkeypatch: pytest.MonkeyPatch, room: int | None, forced: Sequence[int], chunks: Sequence[range]
+) -> None:
+    tally, cases = Tally.zero(MODEL_LAYERS, CPU, K), [make_case(0, (3, 10)), make_case(1, (1, 30))]
+    for case in cases:
+        if room is not None:
+            per_layer = 30 * K * (17 + K) + sum(map(len, case.rows.own)) * K * (16 + K)
+            monkeypatch.setattr(counting, "ROOM_BYTES", room * per_layer)
+            monkeypatch.setattr(routed, "WIDE_BYTES", 0)
+        audit = AuditPairs.of(case.rows, CPU)
+        counted(tally, case, routing_of(case, audit=audit, trace=True), forced, chunks)
+    expected = [slow_counts(tally, case, forced) for case in cases]
+    for name in (*COUNTERS, "overlap_pairs", "window_pairs"):
+        total = sum(one[name] for one in expected)
+        assert total.any() or (name in ("followed", "mismatched_ids") and not forced), name
+        np.testing.assert_array_equal(np.asarray(getattr(tally, name)), total, err_msg=name)
+    for index, one in enumerate(expected):
+        np.testing.assert_array_equal(tally.differs[index].numpy(), one["differs"].any(0))
+        assert sorted(tally.flags[index]) == list(range(FIRST, FIRST + LAYERS))
+        for layer in range(LAYERS):
+            np.testing.assert_array_equal(tally.flags[index][FIRST + layer].numpy(), one["differs"][layer])
+    assert tally.visits == dict.fromkeys(range(FIRST, FIRST + LAYERS), 2)
+    tally.require_all_visited({layer: FIRST + layer for layer in range(LAYERS)}, len(chunks))
+
+
+def test_without_comparing_only_what_was_used_is_counted() -> None:
+    case = make_case(0, (4, 17))
+    tally = Tally.zero(MODEL_LAYERS, CPU, K)
+    counted(tally, case, routing_of(case, compare=False), range(LAYERS), [range(LAYERS)])
+    expected = slow_counts(tally, case, range(LAYERS))
+    for name in ("followed", "mismatched_ids"):
+        np.testing.assert_array_equal(getattr(tally, name).numpy(), expected[name])
+    assert not any(getattr(tally, name).any() for name in ("disagree", "overlap", "windows", "compared"))
+    assert not tally.differs
+    tally.require_all_visited({layer: FIRST + layer for layer in range(LAYERS)}, 1)
+
+
+def test_layers_that_do_not_follow_each_other_are_counted_apart() -> None:
+    """As where one router takes no part, which the end of the pass finds."""
+    case = make_case(0, (4, 17))
+    tally = Tally.zero(MODEL_LAYERS, CPU, K)
+    counted(tally, case, routing_of(case), range(LAYERS), [(0, 1, 3, 4)])  # type: ignore[list-item]
+    expected = slow_counts(tally, case, range(LAYERS))["disagree"]
+    expected[[FIRST + 2, FIRST + 5]] = 0
+    np.testing.assert_array_equal(tally.disagree.numpy(), expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_ids_are_widened_in_the_order_of_the_router(monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    case = make_case(0, (4, 17))
+    experts = torch.from_numpy(case.experts.astype(np.uint16))
+    if not whole:
+        monkeypatch.setattr(routed, "WIDE_BYTES", 0)
+    record = RoutedRecord(replace(routing_of(case), experts=experts))
+    for layer in range(LAYERS):
+        expected = router_order(torch.from_numpy(case.experts[:, :, layer])).long()
+        assert torch.equal(record.ids(layer), expected)
+        assert torch.equal(record.layers(layer, layer + 1)[0], expected)
+    assert torch.equal(record.recorded, router_order(torch.from_numpy(case.recorded)))
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (1, 30), (5, 1), (2, 2)])
+def test_audited_pairs_are_those_of_the_rows_rolled_by_a_lag(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    recorded, sampled = rng.random(shape) < 0.8, rng.random(shape) < 0.5
+    windows = np.where(rng.random(shape) < 0.7, rng.integers(0, AUDIT_WINDOWS, shape), -1)
+    order = np.arange(recorded.size).reshape(shape) + (rng.random(shape) < 0.2)
+    found = audit_rows(recorded, order, windows, sampled)
+    place = np.arange(recorded.size).reshape(shape[::-1]).T
+    audited = recorded & (windows >= 0)
+    for lag, own, record, parts in zip(LAGS, *parts_of(found), strict=True):
+        valid = audited & np.roll(recorded, -lag, 1) & (np.roll(order, -lag, 1) == order + lag)
+        np.testing.assert_array_equal(own, place[valid])
+        np.testing.assert_array_equal(record, np.roll(place, -lag, 1)[valid])
+        np.testing.assert_array_equal(parts, sampled[valid])
+    np.testing.assert_array_equal(found.window, windows[audited])
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_comparing_changes_neither_gradient_nor_what_was_used(model_dir: Path) -> None:
+    policy = make_policy(model_dir)
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
+    old = step.rollout_logprobs.astype(np.float64)
+    found = []
+    for compare in (True, False):
+        _, counts, _ = policy.accumulate(microbatches, step, old, None, RoutingUse(force=True, compare=compare))
+        found.append((counts, gradients(policy)))
+    (compared, first), (plain, second) = found
+    assert_same(first, second)
+    assert metrics.replay_health(plain) == metrics.replay_health(compared)
+    assert plain.replayed == plain.required > 0
+    assert compared.compared > 0
+    assert (plain.compared, plain.disagree_any, int(plain.disagree.sum())) == (0, 0, 0)
+
+
+def test_an_audit_or_a_trace_compares() -> None:
+    for asked in ("audit", "trace"):
+        with pytest.raises(ConfigError, match="leave compare=True"):
+            RoutingUse(force=True, compare=False, **{asked: True})
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that did more than take a view."""
+
+    VIEWS = ("detach", "select", "unsqueeze", "slice", "view", "unbind", "permute", "transpose", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("single_rank")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("compare", [True, False])
+def test_a_forced_router_call_is_three_operations(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, compare: bool
+) -> None:
+    """Beside Megatron's own top-k; the record is widened once, and what is counted for all layers does not grow."""
+    policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
+    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
+    seen: dict[str, list[list[str]]] = {"get_replay_topk": [], "account": [], "finish": []}
+    for owner, name in ((replay._Visit, "get_replay_topk"), (replay._Visit, "account"), (MicrobatchCounts, "finish")):
+        method = getattr(owner, name)
+
+        def watched(self: Any, *args: Any, method: Any = method, name: str = name) -> Any:
+            with Operations() as operations:
+                found = method(self, *args)
+            seen[name].append(operations.seen)
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+    old = step.rollout_logprobs.astype(np.float64)
+    policy.accumulate(microbatches, step, old, None, RoutingUse(force=True, compare=compare))
+    first, *others = seen["get_replay_topk"]
+    # The rows that have a record are cloned where their layout is not the routers' order.
+    assert sorted({*first} - {"clone"}) == ["_to_copy", "gather", "topk", "where"]
+    forced = ["gather", "topk", "where"]
+    assert [sorted(one) for one in others[:3]] == [forced] * 3
+    # Recomputation takes part in nothing but the forcing.
+    assert len(others) == (3 if recompute == "none" else 7)
+    assert sum(map(len, others[3:])) <= 4 * len(forced) + 2
+    assert [one for one in seen["account"] if one] == [["gather"]] * 4
+    (finish,) = seen["finish"]
+    assert len(finish) <= (20 if compare else 9)
+    if compare:
+        policy.logprobs(microbatches, step, RoutingUse(force=True, audit=True))
+        assert len(seen["finish"][-1]) <= len(finish) + 10
