@@ -91,6 +91,9 @@ class OneWorker:
     def spec(self) -> Any:
         return self._call("call", "spec")
 
+    def specs(self) -> list[Any]:
+        return [self.spec()]
+
     def sites(self) -> list[Site]:
         return [self._call("site")]
 
