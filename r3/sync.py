@@ -132,18 +132,19 @@ class WeightSync:
         except WorkerDied as death:
             self._on_event("weights_interrupted", worker=death.worker, reason=str(death))
             death.blocked = self._blocked(death)
-            first = self._reading.get(death.worker)
-            unread = () if first is None else range(first, first + self._ranks)
-            self._dissolve(lost=(death.worker, *death.blocked), abort=True)
+            begins = [self._reading[worker] for worker in sorted(death.dead) if worker in self._reading]
+            unread = [place for begin in begins for place in range(begin, begin + self._ranks)]
+            self._dissolve(lost=(*death.dead, *death.blocked), abort=True)
             self._closing.append(self._outlet.close_group(abort=True))
             self._outlet.abandon(self._handed, unread)
             raise
 
     def _blocked(self, death: WorkerDied) -> tuple[int, ...]:
-        """Return the workers that wait in a broadcast for the dead one: gloo lets go of them, NCCL does not."""
-        if not (self._sending and self._group and self._group.backend == "nccl" and death.worker in self._members):
+        """Return the workers that wait in a broadcast for a dead one: gloo lets go of them, NCCL does not."""
+        group, members = self._group, set(self._members)
+        if not self._sending or group is None or group.backend != "nccl" or not members & death.dead:
             return ()
-        return tuple(one for one in self._members if one != death.worker and one not in death.returned)
+        return tuple(sorted(members - death.dead - death.returned))
 
     def _parts(self, workers: Sequence[int]) -> tuple[SentWeights, float]:
         by_handle = [worker for worker in workers if self._ways[worker] == "ipc"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import ray
@@ -19,49 +19,34 @@ _SETTLE_S = 2.0
 class WorkerDied(EngineError):
     """A rollout worker died in a call that means nothing to a replacement.
 
-    `returned`: workers whose own part of the call came back well. `blocked`: those that wait for the dead one without
-    an end and are to be replaced with it, which whoever made the call knows.
+    `returned`: workers whose own part of the call came back well; `dead`: all that died in it. `blocked`: those that
+    wait for a dead one without an end and are to be replaced with it, which whoever made the call knows.
     """
 
-    def __init__(self, worker: int, cause: BaseException, returned: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, worker: int, cause: BaseException, returned: Iterable[int] = (), dead: Iterable[int] = ()
+    ) -> None:
         super().__init__(f"rollout worker {worker} died: {first_line(cause)}")
-        self.worker, self.cause, self.returned = worker, cause, returned
+        self.worker, self.cause = worker, cause
+        self.returned, self.dead = frozenset(returned), frozenset({worker, *dead})
         self.blocked: tuple[int, ...] = ()
 
 
-def returned(pending: Mapping[ObjectRef, int]) -> frozenset[int]:
-    """Return which workers' calls come back well within the moment that a lost peer's consequences need."""
-    found: set[int] = set()
-    for call in _settled(pending):
+def settle(pending: Mapping[ObjectRef, int]) -> tuple[set[int], dict[int, BaseException]]:
+    """Return which workers' calls come back well within the moment that a lost peer's consequences need, and deaths."""
+    calls: list[ObjectRef] = list(pending)
+    done = ray.wait(calls, num_returns=len(calls), timeout=_SETTLE_S)[0] if calls else []
+    returned: set[int] = set()
+    died: dict[int, BaseException] = {}
+    for call in done:
         try:
             ray.get(call)
-            found.add(pending[call])
-        except (*DEATHS, RayTaskError):
-            continue
-    return frozenset(found)
-
-
-def require_alive(pending: Mapping[ObjectRef, int], back: frozenset[int]) -> None:
-    """Raise `WorkerDied` where a death is behind what another worker met, such as a peer of its group that is gone.
-
-    `back`: the workers whose calls have come back before.
-    """
-    died: list[tuple[int, BaseException]] = []
-    for call in _settled(pending):
-        try:
-            ray.get(call)
-            back |= {pending[call]}
+            returned.add(pending[call])
         except DEATHS as error:
-            died.append((pending[call], error))
+            died[pending[call]] = error
         except RayTaskError:
             continue
-    for worker, cause in died[:1]:
-        raise WorkerDied(worker, cause, back) from cause
-
-
-def _settled(pending: Mapping[ObjectRef, int]) -> list[ObjectRef]:
-    calls: list[ObjectRef] = list(pending)
-    return ray.wait(calls, num_returns=len(calls), timeout=_SETTLE_S)[0] if calls else []
+    return returned, died
 
 
 def first_line(error: BaseException) -> str:

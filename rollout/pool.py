@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r3.config import Config
 from r3.errors import EngineError
-from r3.rollout.deaths import DEATHS, WorkerDied, first_line, raise_cause, require_alive, returned
+from r3.rollout.deaths import DEATHS, WorkerDied, first_line, raise_cause, settle
 from r3.rollout.engine import EngineSpec
 from r3.rollout.gpus import visible_gpus
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
@@ -292,9 +292,13 @@ class RolloutPool:
                 found[worker] = ray.get(done[0])
             except DEATHS as error:
                 self._require_own_death(worker, method, error)
-                raise WorkerDied(worker, error, frozenset(found) | returned(pending)) from error
+                returned, died = settle(pending)
+                raise WorkerDied(worker, error, returned | found.keys(), died) from error
             except RayTaskError as error:
-                require_alive(pending, frozenset(found))
+                # It may have met what the death of another one left, such as a group without that peer.
+                returned, died = settle(pending)
+                for dead, cause in died.items():
+                    raise WorkerDied(dead, cause, returned | found.keys(), died) from cause
                 raise_cause(error, worker, method)
         return {worker: found[worker] for worker in arguments}
 

@@ -21,10 +21,15 @@ class Sides:
     """Pool, trainer group and outlet in one; `log` has every call in the order in which it takes effect."""
 
     def __init__(
-        self, engines: int, dies: tuple[str, int] | None = None, backend: str = "gloo", returned: Sequence[int] = ()
+        self,
+        engines: int,
+        dies: tuple[str, int] | None = None,
+        backend: str = "gloo",
+        returned: Sequence[int] = (),
+        dead: Sequence[int] = (),
     ) -> None:
         self.log: list[str] = []
-        self._backend, self._returned = backend, frozenset(returned)
+        self._backend, self._returned, self._dead = backend, returned, dead
         self.blocked: tuple[int, ...] = ()
         self.abandoned: tuple[int, list[int]] | None = None
         self.version, self.reload, self._dies = 1, None, dies
@@ -49,7 +54,7 @@ class Sides:
             self.log.append(f"{method}({', '.join(map(str, shown))}) on {worker}")
             if self._dies == (method, worker):
                 self._dies = None
-                raise WorkerDied(worker, RuntimeError("killed"), self._returned)
+                raise WorkerDied(worker, RuntimeError("killed"), self._returned, self._dead)
         return dict.fromkeys(arguments, 0.5)
 
     def replace(self, death: WorkerDied) -> None:
@@ -162,17 +167,21 @@ def test_a_death_ends_the_stream_before_the_next_one_begins(where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "returned", "blocked"), [("gloo", (), ()), ("nccl", (), (1, 3)), ("nccl", (3,), (1,))]
-)
+    ("backend", "returned", "dead", "blocked"),
+    [
+        ("gloo", (), (), ()), ("nccl", (), (), (1, 3)), ("nccl", (3,), (), (1,)), ("nccl", (), (1,), (3,)),
+        ("gloo", (), (3,), ()),
+    ],
+)  # fmt: skip
 def test_engines_that_a_death_leaves_in_a_broadcast_are_replaced_and_not_asked_to_leave(
-    backend: str, returned: tuple[int, ...], blocked: tuple[int, ...]
+    backend: str, returned: tuple[int, ...], dead: tuple[int, ...], blocked: tuple[int, ...]
 ) -> None:
-    sides = Sides(engines=4, dies=("load_part", 2), backend=backend, returned=returned)
+    sides = Sides(engines=4, dies=("load_part", 2), backend=backend, returned=returned, dead=dead)
     sync_of(sides).push()
     assert sides.blocked == blocked
     after = sides.log[sides.log.index("replace 2") :]
     left = {worker for worker in range(4) if f"leave_group(r3-weights-1) on {worker}" in after}
-    assert left == {1, 3} - set(blocked)
+    assert left == {1, 3} - set(blocked) - set(dead)
 
 
 @pytest.mark.parametrize("where", ["join_group", "begin_weights", "end_weights"])
@@ -207,6 +216,13 @@ def test_the_trainer_learns_which_handles_nobody_opens(dies: tuple[str, int], ab
     sides = Sides(engines=3, dies=dies)
     sync_of(sides).push()
     assert sides.abandoned == abandoned
+
+
+def test_handles_of_every_dead_engine_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = Sides(engines=3, dies=("load_part", 0), dead=(2,))
+    monkeypatch.setattr(sides, "sites", lambda: [Site("n", ("a",))] * 3)
+    sync_of(sides).push()
+    assert sides.abandoned == (0, [0, 1, 4, 5])
 
 
 def test_every_engine_that_does_not_verify_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
