@@ -174,6 +174,16 @@ def test_a_death_is_seen_at_once_whoever_waits_for_the_dead_worker(make_config: 
     ]  # fmt: skip
 
 
+def test_all_workers_that_hang_in_a_call_are_named(make_config: MakeConfig, model_dir: Path) -> None:
+    config = make_config({"hang_in": "load_weights"}, workers=2, timeout_s=0.5)
+    weights = WeightBuckets(version=4, buckets=())
+    with (
+        RolloutPool(config, model_dir) as pool,
+        pytest.raises(EngineError, match=r"worker 0, 1 did not answer `load_weights` within 0.5 s"),
+    ):
+        pool.call("load_weights", dict.fromkeys(range(2), (weights,)))
+
+
 def test_what_a_replacement_says_of_itself_is_taken_and_told(
     make_config: MakeConfig, model_dir: Path, tmp_path: Path
 ) -> None:
