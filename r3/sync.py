@@ -14,7 +14,9 @@ from types import TracebackType
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError
-from r3.rollout.pool import RolloutPool, WorkerDied
+from r3.rollout.deaths import WorkerDied
+from r3.rollout.engine import EngineSpec
+from r3.rollout.pool import RolloutPool
 from r3.trainer.group import TrainerGroup
 from r3.trainer.port import Pending
 from r3.weights import BroadcastGroup, SentWeights, Transport, WeightPart, choose, everywhere
@@ -36,6 +38,11 @@ class WeightSync:
         # Groups that a worker has not left yet, because it was busy when its peer died.
         self._to_leave: dict[int, list[str]] = {}
         self._closing: list[Pending] = []
+        # Of the stream: the last bucket that was handed out, while it is read where the handles of each worker begin,
+        # and whether it is being broadcast.
+        self._handed = -1
+        self._reading: dict[int, int] = {}
+        self._sending = False
         self._groups_made = 0
         self._pushed: int | None = None
 
@@ -86,7 +93,8 @@ class WeightSync:
         return _metrics(sent.nbytes, sent.gather_s, sent.send_s, load_s, whole_s, sent.extra_bytes)
 
     def _chosen(self, config: Config) -> tuple[Transport, ...]:
-        spec, wanted = self._pool.spec(), config.weights.transport
+        specs, wanted = self._pool.specs(), config.weights.transport
+        spec = min(specs, key=lambda one: len(one.transports))
         takes = spec.transports
         ways: tuple[Transport, ...]
         if wanted == "auto" and takes == ("object_store",):
@@ -100,8 +108,9 @@ class WeightSync:
                 f"weights.transport={wanted}, but {spec.engine} takes weights by {', '.join(takes)} alone"
             )
         self._on_event("weights_transport", transports=list(ways), reason=reason)
-        if spec.unverified and config.weights.verify:
-            self._on_event("weights_unverified", reason=spec.unverified)
+        if config.weights.verify:
+            for reason, workers in _unverified(specs).items():
+                self._on_event("weights_unverified", workers=workers, reason=reason)
         return ways
 
     def _through_object_store(self, begin: float) -> dict[str, float]:
@@ -116,16 +125,26 @@ class WeightSync:
 
         Where an engine dies, the trainer ends the stream, so that another one can begin.
         """
+        self._handed, self._reading, self._sending = -1, {}, False
         try:
             self._gather(workers)
             return self._parts(workers)
         except WorkerDied as death:
             self._on_event("weights_interrupted", worker=death.worker, reason=str(death))
-            self._dissolve(lost=(death.worker,), abort=True)
-            # One that not all have joined is nobody's to leave: behind the trainer, the others' joining fails.
+            death.blocked = self._blocked(death)
+            begins = [self._reading[worker] for worker in sorted(death.dead) if worker in self._reading]
+            unread = [place for begin in begins for place in range(begin, begin + self._ranks)]
+            self._dissolve(lost=(*death.dead, *death.blocked), abort=True)
             self._closing.append(self._outlet.close_group(abort=True))
-            self._outlet.abandon()
+            self._outlet.abandon(self._handed, unread)
             raise
+
+    def _blocked(self, death: WorkerDied) -> tuple[int, ...]:
+        """Return the workers that wait in a broadcast for a dead one: gloo lets go of them, NCCL does not."""
+        group, members = self._group, set(self._members)
+        if not self._sending or group is None or group.backend != "nccl" or not members & death.dead:
+            return ()
+        return tuple(sorted(members - death.dead - death.returned))
 
     def _parts(self, workers: Sequence[int]) -> tuple[SentWeights, float]:
         by_handle = [worker for worker in workers if self._ways[worker] == "ipc"]
@@ -137,9 +156,11 @@ class WeightSync:
             sending = self._outlet.send() if self._group else None
             coming = None if part.last else self._outlet.fill(part.number - 1, readers)
             first = {worker: place * self._ranks for place, worker in enumerate(by_handle)}
+            self._handed, self._reading, self._sending = part.number, first, sending is not None
             self._pool.call(
                 "load_part", {worker: (_share(part, first.get(worker), self._ranks),) for worker in workers}
             )
+            self._reading, self._sending = {}, False
             if sending is not None:
                 sending.wait()
             if coming is None:
@@ -162,9 +183,14 @@ class WeightSync:
         self._groups_made += 1
         group = self._outlet.open_group(f"r3-weights-{self._groups_made}", 1 + len(members) * self._ranks)
         joining = self._outlet.join_group()
-        self._pool.call(
-            "join_group", {worker: (group, 1 + place * self._ranks) for place, worker in enumerate(members)}
-        )
+        places = {worker: (group, 1 + place * self._ranks) for place, worker in enumerate(members)}
+        try:
+            self._pool.call("join_group", places)
+        except WorkerDied as death:
+            # With gloo nobody is in before all are; NCCL lets each in at once.
+            for worker in death.returned:
+                self._to_leave.setdefault(worker, []).append(group.name)
+            raise
         joining.wait()
         self._group, self._members = group, members
 
@@ -205,6 +231,15 @@ class WeightSync:
 def _share(part: WeightPart, first: int | None, ranks: int) -> WeightPart:
     """Return the part as one engine needs it: with the handles of its ranks, from `first` on, or with none."""
     return replace(part, handles=() if first is None else part.handles[first : first + ranks])
+
+
+def _unverified(specs: Sequence[EngineSpec]) -> dict[str, list[int]]:
+    """Return why engines do not verify what arrives, and which."""
+    found: dict[str, list[int]] = {}
+    for worker, spec in enumerate(specs):
+        if spec.unverified:
+            found.setdefault(spec.unverified, []).append(worker)
+    return found
 
 
 def _metrics(

@@ -15,6 +15,9 @@ STREAMED: tuple[Transport, ...] = ("ipc", "broadcast")
 # What SGLang sets in its processes (`entrypoints/engine.py`, 0.5.17 and 0.5.23) unless the environment says otherwise.
 # NCCL makes a communicator only of ranks that agree on it, and reads it at a process's first.
 NCCL_ENVIRONMENT = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+# Of trainer rank 0. Where torch's watchdog sees a group's peer go, the monitor of the process's first group ends the
+# process eight minutes later, unless it is not to listen (`ProcessGroupNCCL::HeartbeatMonitor`, torch 2.11).
+SENDER_ENVIRONMENT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
 @dataclass(frozen=True, slots=True)

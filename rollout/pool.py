@@ -1,4 +1,4 @@
-"""The driver's handle on the rollout workers: dispatch, time-outs and replacement. The only module here that uses Ray.
+"""The driver's handle on the rollout workers: dispatch, time-outs and replacement. Only this and `deaths` here use Ray.
 
 The driver sees small reports and object references; tokens, log-probs and routing stay in the object store, where the
 trainer ranks map them.
@@ -20,12 +20,13 @@ import ray
 from numpy.typing import NDArray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from r3.config import Config
-from r3.errors import EngineError, R3Error
+from r3.errors import EngineError
+from r3.rollout.deaths import DEATHS, WorkerDied, first_line, raise_cause, settle
 from r3.rollout.engine import EngineSpec
 from r3.rollout.gpus import visible_gpus
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
@@ -34,10 +35,7 @@ from r3.transport import BatchRef, BlockRef, split
 from r3.types import Prompt, SampleFacts, layer_blocks
 from r3.weights import Site
 
-_DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError)
 _CLOSE_TIMEOUT_S = 30.0
-# How long a worker's death is waited for once another one has met its consequences.
-_SETTLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,27 +113,17 @@ class Actor:
             self._worker.close()
 
 
-class WorkerDied(EngineError):
-    """A rollout worker died in a call that means nothing to a replacement."""
-
-    def __init__(self, worker: int, cause: BaseException) -> None:
-        super().__init__(f"rollout worker {worker} died: {_first_line(cause)}")
-        self.worker, self.cause = worker, cause
-
-
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A call for one worker, kept so that it can be issued again to the worker's replacement.
 
-    `blocks`: of a method that returns a report and a `Batch`, in how many blocks its records are. `again`: whether it
-    means anything to a replacement.
+    `blocks`: of a method that returns a report and a `Batch`, in how many blocks its records are.
     """
 
     worker: int
     method: str
     arguments: tuple[Any, ...]
     blocks: int | None = None
-    again: bool = True
 
 
 class RolloutPool:
@@ -166,9 +154,9 @@ class RolloutPool:
             starts = [actor.start.remote() for actor in self._actors]
             deadline = time.monotonic() + config.rollout.start_timeout_s
             self._specs = [self._started(index, start, deadline) for index, start in enumerate(starts)]
-        except _DEATHS as error:
+        except DEATHS as error:
             self.close()
-            raise EngineError(f"a rollout worker died while it started its engine: {_first_line(error)}") from error
+            raise EngineError(f"a rollout worker died while it started its engine: {first_line(error)}") from error
         except BaseException:
             self.close()
             raise
@@ -182,8 +170,12 @@ class RolloutPool:
         self.close()
 
     def spec(self) -> EngineSpec:
-        """Describe the engine, the same in every worker."""
+        """Describe the engine of the first worker."""
         return self._specs[0]
+
+    def specs(self) -> list[EngineSpec]:
+        """Describe every worker's engine: they have one config, but may stand on different hosts."""
+        return list(self._specs)
 
     def describe_engines(self) -> list[str]:
         """Return one line per kind of worker: how many, their engine, who wrote their rows and how these come back."""
@@ -277,23 +269,50 @@ class RolloutPool:
                 found.append(ray.get(call, timeout=max(0.0, deadline - time.monotonic())))
             except GetTimeoutError:
                 raise EngineError(f"rollout worker {worker} did not say within {limit:g} s where it is") from None
-            except _DEATHS as error:
+            except DEATHS as error:
                 raise EngineError(f"rollout worker {worker} died before it said where it is: {error}") from error
             except RayTaskError as error:
-                _raise_cause(error, worker, "site")
+                raise_cause(error, worker, "site")
         return found
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Call a method of some workers, each with its own arguments, side by side; return what each returns.
 
-        Raises `WorkerDied` for a death, which it leaves to the caller to `replace`.
+        Raises `WorkerDied` at the first death, whichever worker waits for the dead one; the caller is to `replace` it.
         """
-        jobs = [_Job(worker, method, given, again=False) for worker, given in arguments.items()]
-        return {job.worker: value for job, (value, _) in zip(jobs, self._run(jobs), strict=True)}
+        deadline = time.monotonic() + self._config.rollout.timeout_s
+        pending = {self._actors[worker].call.remote(method, *given): worker for worker, given in arguments.items()}
+        found: dict[int, Any] = {}
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                self._give_up(list(pending.values()), method)
+            worker = pending.pop(done[0])
+            try:
+                found[worker] = ray.get(done[0])
+            except DEATHS as error:
+                self._require_own_death(worker, method, error)
+                returned, died = settle(pending)
+                raise WorkerDied(worker, error, returned | found.keys(), died) from error
+            except RayTaskError as error:
+                # It may have met what the death of another one left, such as a group without that peer.
+                returned, died = settle(pending)
+                for dead, cause in died.items():
+                    raise WorkerDied(dead, cause, returned | found.keys(), died) from cause
+                raise_cause(error, worker, method)
+        return {worker: found[worker] for worker in arguments}
 
     def replace(self, death: WorkerDied) -> None:
-        """Replace a worker that died in `call`, without loading weights; raise `EngineError` after too many deaths."""
+        """Replace a worker that died in `call` and those that it `blocked`, without loading weights.
+
+        Raises `EngineError` after too many deaths; a worker that was blocked has not died.
+        """
+        for worker in death.blocked:
+            self._on_event("rollout_worker_blocked", worker=worker, by=death.worker)
+            ray.kill(self._actors[worker])
         self._replace(death.worker, death.cause, reload=None)
+        for worker in death.blocked:
+            self._renew(worker, reload=None)
 
     def close(self) -> None:
         """Stop every engine and actor. Safe to call twice; an actor that does not answer is killed."""
@@ -314,22 +333,14 @@ class RolloutPool:
                 try:
                     value = ray.get(references[0], timeout=max(0.0, deadline - time.monotonic()))
                     break
-                except _DEATHS as error:
-                    self._require_own_death(job, error)
-                    if not job.again:
-                        raise WorkerDied(job.worker, error) from error
+                except DEATHS as error:
+                    self._require_own_death(job.worker, job.method, error)
                     self._replace(job.worker, error, self.reload)
                     references, deadline = self._issue(job)
                 except GetTimeoutError:
-                    ray.kill(self._actors[job.worker])  # or `close` would wait for the same call
-                    raise EngineError(
-                        f"rollout worker {job.worker} did not answer `{job.method}` within "
-                        f"{self._config.rollout.timeout_s:g} s (rollout.timeout_s)"
-                    ) from None
+                    self._give_up([job.worker], job.method)
                 except RayTaskError as error:
-                    if not job.again:
-                        self._require_alive(jobs, issued)
-                    _raise_cause(error, job.worker, job.method)
+                    raise_cause(error, job.worker, job.method)
             results.append((value, references[1:]))
         return results
 
@@ -349,43 +360,48 @@ class RolloutPool:
     def _batch(self, references: Sequence[ObjectRef]) -> BatchRef:
         return BatchRef(references[0], tuple(map(BlockRef, self._blocks(), references[1:])))
 
-    def _require_alive(self, jobs: Sequence[_Job], issued: Sequence[tuple[list[ObjectRef], float]]) -> None:
-        """Raise `WorkerDied` where one is behind what another worker met, such as a peer of its group that is gone."""
-        calls = {references[0]: job for job, (references, _) in zip(jobs, issued, strict=True)}
-        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_SETTLE_S)
-        for call in done:
-            try:
-                ray.get(call)
-            except _DEATHS as death:
-                raise WorkerDied(calls[call].worker, death) from death
-            except RayTaskError:
-                continue
+    def _give_up(self, workers: Sequence[int], method: str) -> NoReturn:
+        """End workers that do not answer, or `close` would wait for the same call, and raise `EngineError`."""
+        for worker in workers:
+            ray.kill(self._actors[worker])
+        raise EngineError(
+            f"rollout worker {', '.join(map(str, workers))} did not answer `{method}` within "
+            f"{self._config.rollout.timeout_s:g} s (rollout.timeout_s)"
+        ) from None
 
-    def _require_own_death(self, job: _Job, error: BaseException) -> None:
+    def _require_own_death(self, worker: int, method: str, error: BaseException) -> None:
         """A call also fails when the maker of one of its arguments has died; that is no worker to replace."""
         died = getattr(error, "actor_id", None)
-        if died is not None and died != self._actors[job.worker]._actor_id.hex():
-            raise EngineError(f"`{job.method}` got an argument whose maker has died: {_first_line(error)}") from error
+        if died is not None and died != self._actors[worker]._actor_id.hex():
+            raise EngineError(f"`{method}` got an argument whose maker has died: {first_line(error)}") from error
 
     def _replace(self, index: int, error: BaseException, reload: Callable[[int], None] | None) -> None:
         """Replace a dead worker and `reload` the new one's weights; raise once too many have died."""
-        begin = time.monotonic()
         self._failures += 1
-        reason = _first_line(error)
+        reason = first_line(error)
         self._on_event("rollout_worker_died", worker=index, failures=self._failures, reason=reason)
         if self._failures > self._config.rollout.max_failures:
             raise EngineError(
                 f"rollout worker {index} died ({reason}); it is death {self._failures} of this run, "
                 f"rollout.max_failures is {self._config.rollout.max_failures}"
             ) from error
+        self._renew(index, reload)
+
+    def _renew(self, index: int, reload: Callable[[int], None] | None) -> None:
+        begin = time.monotonic()
         ray.kill(self._actors[index])  # frees its place even where only the engine under it is gone
         self._actors[index] = self._new_actor(index)
         deadline = begin + self._config.rollout.start_timeout_s
         try:
-            self._started(index, self._actors[index].start.remote(), deadline)
+            before, now = self._specs[index], self._started(index, self._actors[index].start.remote(), deadline)
+            self._specs[index] = now
+            if (now.describe_rows(), now.unverified) != (before.describe_rows(), before.unverified):
+                self._on_event(
+                    "rollout_worker_changed", worker=index, rows=now.describe_rows(), unverified=now.unverified
+                )
             if reload is not None:
                 reload(index)
-        except _DEATHS as again:
+        except DEATHS as again:
             self._replace(index, again, reload)
             return
         except WorkerDied as again:
@@ -415,20 +431,9 @@ class RolloutPool:
                 "(rollout.start_timeout_s); is its CPU and GPU free in the cluster?"
             ) from None
         except RayTaskError as error:
-            _raise_cause(error, index, "start")
+            raise_cause(error, index, "start")
 
 
 def _shares(items: int, workers: int) -> list[tuple[int, int]]:
     """Cut `range(items)` into one contiguous `(begin, end)` per worker, sizes differing by at most one."""
     return list(pairwise(worker * items // workers for worker in range(workers + 1)))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _raise_cause(error: RayTaskError, worker: int, method: str) -> NoReturn:
-    """Raise the error that the worker raised, if it is one of ours, else an `EngineError` that carries it."""
-    if isinstance(error.cause, R3Error):
-        raise error.cause from error
-    raise EngineError(f"rollout worker {worker} failed in `{method}`: {error.cause!r}") from error

@@ -277,11 +277,39 @@ def _aligned(size: int) -> int:
 
 
 def _require_memory(size: int) -> None:
-    """Raise `OSError` where the host has not that much to give: taking it all the same would end other processes."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    """Raise `OSError` where there is not that much to be had: taking it all the same would end other processes."""
+    available = available_memory()
     if size > available // 2:
         raise OSError(errno.ENOMEM, f"{size >> 20} MiB are more than half of the {available >> 20} MiB available")
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that this process can still take: what the host has, or less where a cgroup (v2) bounds it.
+
+    A limit holds for everything below it, so those of all parents count. Files that are cached and were not used lately
+    are no use of memory, as for Kubernetes' working set: weights that were read once would fill any limit.
+    """
+    lines = (proc / "meminfo").read_text().splitlines()
+    room = [next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))]
+    try:
+        names = (proc / "self" / "cgroup").read_text().splitlines()
+    except FileNotFoundError:
+        names = []
+    for name in (line.removeprefix("0::").lstrip("/") for line in names if line.startswith("0::")):
+        # Inside a container the name may be that of the host, and its own files lie at the top.
+        for folder in (cgroups / name, *(cgroups / parent for parent in Path(name).parents)):
+            room += _room_in(folder)
+    return max(0, min(room))
+
+
+def _room_in(cgroup: Path) -> list[int]:
+    """Return the bytes that a cgroup has left; nothing where it has no limit or there is none at this place."""
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), int((cgroup / "memory.current").read_text())
+        counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    return [] if limit == "max" else [int(limit) - used + int(counts.get("inactive_file", 0))]
 
 
 def footprint(data: int, trailer: int = 0) -> int:

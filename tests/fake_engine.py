@@ -23,7 +23,9 @@ class FakeEngine:
     """Answers with tokens, log-probs and experts that are functions of prompt, member, weight version and position.
 
     Faults, in `rollout.engine_args`: `die_in` (a method name) with `die_once` (a file that is made by the first death,
-    so that only one worker dies once) or with `die_index` (that worker dies every time); `hang_in`; `refuse_start`;
+    so that only one worker dies once) or with `die_index` (that worker dies every time); `hang_in` (with
+    `hang_index`, that worker alone); `changed_by` (a file: where it is, the engine says other things of itself);
+    `refuse_start`;
     `bad_every` (every n-th record is malformed); `missing_every` (no record came back); `abort_every`;
     `constant_layer`; `stale_cache`; `stale_mix` (only in batches that mix
     cached and new prompts); `unshared_every` (it has shared memory, into which every n-th record did not fit);
@@ -43,7 +45,9 @@ class FakeEngine:
 
     def spec(self) -> EngineSpec:
         captures, shares = self._capture and "capture_off" not in self._faults, "unshared_every" in self._faults
-        return EngineSpec(self._model, "fake 1", captures, "float32", unstamped="made up", shared_memory=shares)
+        spec = EngineSpec(self._model, "fake 1", captures, "float32", unstamped="made up", shared_memory=shares)
+        changed = "changed_by" in self._faults and Path(self._faults["changed_by"]).exists()
+        return replace(spec, unstamped="changed", unverified="changed") if changed else spec
 
     def generate(self, requests: Sequence[Request], sampling: Sampling, *, capture: bool) -> list[Generation]:
         self._fault("evaluate" if sampling.greedy and not capture else "generate")
@@ -105,7 +109,7 @@ class FakeEngine:
         return fault in self._faults and number % self._faults[fault] == 0
 
     def _fault(self, method: str) -> None:
-        if self._faults.get("hang_in") == method:
+        if self._faults.get("hang_in") == method and self._faults.get("hang_index", self._index) == self._index:
             time.sleep(3600)
         if self._faults.get("die_in") != method:
             return

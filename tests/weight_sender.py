@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ class Sender:
 
     def take(self, directory: Path, version: int, corrupt: int | None = None) -> None:
         self._directory, self._version, self._corrupt = directory, version, corrupt
+
+    def shared_files(self) -> list[str]:
+        """Return the files in shared memory that torch made for this process (`NewProcessWideShmHandle`)."""
+        return [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
 
     def site(self) -> Site:
         return Site(ray.get_runtime_context().get_node_id(), self._outlet.gpus())
@@ -66,6 +71,10 @@ class Senders:
     def take(self, directory: Path, version: int, corrupt: int | None = None) -> None:
         ray.get(self.actor.take.remote(directory, version, corrupt))
 
+    def shared_files(self) -> list[str]:
+        found: list[str] = ray.get(self.actor.shared_files.remote())
+        return found
+
     def outlet(self) -> OutletPort:
         return OutletPort([self.actor], 60.0, _first)
 
@@ -90,6 +99,9 @@ class OneWorker:
 
     def spec(self) -> Any:
         return self._call("call", "spec")
+
+    def specs(self) -> list[Any]:
+        return [self.spec()]
 
     def sites(self) -> list[Site]:
         return [self._call("site")]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -16,6 +21,9 @@ from r3.weights import BroadcastGroup
 _POLL_S = 0.0002
 # torch's own limit ends the whole process; ours comes first.
 _GRACE_S = 120.0
+# torch's watchdog ends the process, without an exception in Python, when NCCL says that a peer is gone. It reads this
+# for each group when that is made (`ProcessGroupNCCL`), and Megatron-core's groups keep what they have.
+_NO_TEARING_DOWN = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 class SendGroup:
@@ -36,18 +44,23 @@ class SendGroup:
         self._group: Any = None
 
     def join(self) -> None:
-        """Wait until every engine rank has joined; raise `EngineError` after `weights.timeout_s`."""
+        """Join; gloo waits for every engine rank, NCCL does so in the first `send`.
+
+        Raises `EngineError` after `weights.timeout_s`. SGLang makes no collective when it joins that one here could
+        meet, so NCCL cannot connect before there is a bucket.
+        """
         name = self.facts.name
         try:
-            self._group, _ = distributed_c10d._new_process_group_helper(
-                self.facts.world,
-                0,
-                [],
-                dist.Backend(self.facts.backend),
-                dist.PrefixStore(name, self._store),
-                group_name=name,
-                timeout=timedelta(seconds=self._limit + _GRACE_S if self.facts.backend == "nccl" else self._limit),
-            )
+            with _environment(_NO_TEARING_DOWN):
+                self._group, _ = distributed_c10d._new_process_group_helper(
+                    self.facts.world,
+                    0,
+                    [],
+                    dist.Backend(self.facts.backend),
+                    dist.PrefixStore(name, self._store),
+                    group_name=name,
+                    timeout=timedelta(seconds=self._limit + _GRACE_S if self.facts.backend == "nccl" else self._limit),
+                )
         except (RuntimeError, ValueError) as error:
             raise EngineError(
                 f"not all {self.facts.world - 1} engine ranks joined the weight group {name} within {self._limit:g} s "
@@ -62,7 +75,7 @@ class SendGroup:
         """
         deadline = time.monotonic() + self._limit
         try:
-            work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
+            work = self._begun(flat)
             while not work.is_completed():
                 if time.monotonic() > deadline:
                     raise EngineError(
@@ -74,6 +87,25 @@ class SendGroup:
         except RuntimeError as error:
             raise EngineError(f"the broadcast of weights failed: {error}") from error
 
+    def _begun(self, flat: torch.Tensor) -> Any:
+        """Begin a broadcast. NCCL connects in there, without a limit of its own, so it has a thread of its own."""
+        group = self._group
+
+        def begin() -> Any:
+            # Which device a thread is on is its own affair.
+            with torch.cuda.device_of(flat):
+                return dist.broadcast(flat, src=0, group=group, async_op=True)
+
+        if self.facts.backend == "gloo":
+            return begin()
+        try:
+            return within(self._limit, begin)
+        except TimeoutError:
+            raise EngineError(
+                f"not all {self.facts.world - 1} engine ranks met the broadcast of weights in the group "
+                f"{self.facts.name} within {self._limit:g} s (weights.timeout_s)"
+            ) from None
+
     def close(self, *, abort: bool) -> None:
         """Leave the group; `abort` where a peer is gone, with which NCCL would wait."""
         group, self._group = self._group, None
@@ -83,3 +115,33 @@ class SendGroup:
             distributed_c10d._abort_process_group(group)
         else:
             dist.destroy_process_group(group)
+
+
+def within(limit_s: float, function: Callable[[], Any]) -> Any:
+    """Return what `function` returns or raises; raise `TimeoutError` after `limit_s`.
+
+    The thread in which it runs then stays where it hangs, with all that it holds, until the process ends: nothing ends
+    a call into NCCL that waits for its peers (`ncclCommInitRank`), before which there is nothing to abort.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except Exception as error:  # noqa: BLE001 (raised where the outcome is waited for)
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="r3-broadcast", daemon=True).start()
+    return outcome.result(limit_s)
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set, as long as it takes to make a group."""
+    added = [key for key in wanted if key not in os.environ]
+    os.environ.update({key: wanted[key] for key in added})
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]

@@ -24,7 +24,7 @@ from r3.trainer.port import OutletPort
 from r3.trainer.use import RoutingUse
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
 from r3.types import ModelSpec, StepResult, WeightBuckets
-from r3.weights import NCCL_ENVIRONMENT, Site
+from r3.weights import NCCL_ENVIRONMENT, SENDER_ENVIRONMENT, Site
 
 if TYPE_CHECKING:
     from r3.trainer.outlet import WeightOutlet
@@ -54,7 +54,8 @@ class TrainerRank:
             # Without it cuBLAS picks a work space per stream, and torch refuses deterministic matrix products.
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if config.trainer.gpus_per_process and config.weights.transport in ("auto", "broadcast"):
-            for key, value in NCCL_ENVIRONMENT.items():
+            wanted = NCCL_ENVIRONMENT | (SENDER_ENVIRONMENT if rank == 0 else {})
+            for key, value in wanted.items():
                 os.environ.setdefault(key, value)
         from r3.trainer.worker import TrainerWorker
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from r3.config import Config
 from r3.errors import EngineError
 from r3.trainer.broadcast import SendGroup
-from r3.trainer.stream import Bucket, BucketStream, gpu_uuid, handle
+from r3.trainer.stream import Bucket, BucketStream, gpu_uuid
 from r3.weights import BroadcastGroup, SentWeights, WeightPart
 
 Export = Callable[[], Iterator[tuple[str, torch.Tensor]]]
@@ -54,9 +54,10 @@ class WeightOutlet:
 
         `readers`: processes that will open it. The part names the broadcast group if there is one.
         """
-        self._bucket = bucket = self._opened().fill(released)
+        stream = self._opened()
+        self._bucket = bucket = stream.fill(released)
         begin = time.perf_counter()
-        handles = tuple(handle(bucket) for _ in range(readers))
+        handles = stream.share(bucket, readers)
         self._send_s += time.perf_counter() - begin
         name = self._group.facts.name if self._group else ""
         return WeightPart(bucket.number, bucket.last, bucket.slots, bucket.flat.numel(), handles, name)
@@ -83,10 +84,11 @@ class WeightOutlet:
             stream.extra_bytes,
         )
 
-    def abandon(self) -> None:
-        """End a stream that nobody reads any more; harmless without one."""
+    def abandon(self, handed: int, unread: Sequence[int]) -> None:
+        """End a stream that nobody new reads; harmless without one. See `BucketStream.take_back`."""
         stream, self._stream, self._bucket = self._stream, None, None
         if stream is not None:
+            stream.take_back(handed, unread)
             stream.drain()
 
     def send_parts(self) -> None:

@@ -74,9 +74,13 @@ class OutletPort:
         self._settle()
         return sent
 
-    def abandon(self) -> None:
-        """End a stream half-way; its remaining tensors are gathered and dropped, so that all ranks stand alike."""
-        self._ask("abandon").wait()
+    def abandon(self, handed: int, unread: Sequence[int]) -> None:
+        """End a stream half-way; its remaining tensors are gathered and dropped, so that all ranks stand alike.
+
+        `handed`: number of the last bucket that was handed out; `unread`: its readers, by place, that never will be
+        done with it.
+        """
+        self._ask("abandon", handed, tuple(unread)).wait()
         self._settle()
 
     def open_group(self, name: str, world: int) -> BroadcastGroup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,7 @@ class BucketStream:
         self._tensors, self._dtype, self._capacity = tensors, dtype, bucket_bytes
         self._device, self._shared, self._verify = device, shared, verify
         self._live: dict[int, Bucket] = {}
+        self._issued: dict[int, tuple[MemoryHandle, ...]] = {}
         self._next: tuple[str, torch.Tensor] | None = None
         self._number = 0
         self.checksums: list[int] = []
@@ -81,10 +82,27 @@ class BucketStream:
         self.seconds += time.perf_counter() - begin
         return bucket
 
+    def share(self, bucket: Bucket, readers: int) -> tuple[MemoryHandle, ...]:
+        """Return a handle of a filled bucket for each of its readers; `take_back` those that nobody opens."""
+        made = self._issued[bucket.number] = tuple(handle(bucket) for _ in range(readers))
+        return made
+
+    def take_back(self, handed: int, unread: Sequence[int]) -> None:
+        """Give up handles that nobody will close, which would keep their buckets for as long as this process lives.
+
+        These are all of the buckets behind number `handed`, and of that one those of the readers `unread`, by place:
+        they died before they were done with it. The other readers open and close theirs, however late.
+        """
+        for number, made in self._issued.items():
+            gone = made if number > handed else [made[reader] for reader in unread] if number == handed else ()
+            for one in gone:
+                give_up(self._live[number], one)
+
     def release(self, upto: int) -> None:
         """Free the buckets up to number `upto`."""
         for number in [number for number in self._live if number <= upto]:
             del self._live[number]
+            self._issued.pop(number, None)
         if self._device.type == "cuda":
             # Blocks whose readers closed them late go back to the allocator only when they are collected.
             torch.cuda.ipc_collect()
@@ -151,6 +169,19 @@ def handle(bucket: Bucket) -> MemoryHandle:
     # The reader takes one count away when it opens the file (torch.multiprocessing.reductions).
     storage._shared_incref()
     return MemoryHandle("", (manager, name, size))
+
+
+def give_up(bucket: Bucket, one: MemoryHandle) -> None:
+    """Take back the count of a bucket's handle that nobody has open, or that died with the process that had it open.
+
+    On a GPU a count that its reader has given back already does no harm: torch frees at zero and below, and uses none
+    twice. On a CPU a reader must not have closed it; all handles of a bucket share one count there.
+    """
+    if bucket.flat.is_cuda:
+        *_, counter, place, _event, _waits = one.facts
+        torch.UntypedStorage._release_ipc_counter(counter, place, device=bucket.flat.device)
+    else:
+        bucket.flat.untyped_storage()._shared_decref()
 
 
 def gpu_uuid(device: torch.device) -> str:

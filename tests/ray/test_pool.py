@@ -11,6 +11,7 @@ import pytest
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
+from r3.rollout.deaths import WorkerDied
 from r3.rollout.pool import RolloutPool
 from r3.types import Batch, Prompt, WeightBuckets
 
@@ -153,6 +154,48 @@ def test_a_dead_worker_is_replaced_with_the_current_weights_and_its_share_made_a
     assert events[0][1]["failures"] == 1
     assert [(f.group, f.member) for f in rollout.facts] == [(g, m) for g in range(8) for m in range(3)]
     assert {f.weight_version for f in rollout.facts} == {4}
+
+
+def test_a_death_is_seen_at_once_whoever_waits_for_the_dead_worker(make_config: MakeConfig, model_dir: Path) -> None:
+    events = Events()
+    faults = {"die_in": "load_weights", "die_index": 1, "hang_in": "load_weights", "hang_index": 0}
+    with RolloutPool(make_config(faults, workers=3, timeout_s=30, max_failures=1), model_dir, events) as pool:
+        weights = WeightBuckets(version=4, buckets=())
+        with pytest.raises(WorkerDied, match="rollout worker 1 died") as caught:
+            pool.call("load_weights", dict.fromkeys(range(3), (weights,)))
+        death = caught.value
+        assert (death.worker, death.returned) == (1, {2})
+        death.blocked = (0,)
+        pool.replace(death)
+        assert len(pool.generate(PROMPTS, 1).facts) == 24
+    assert [(kind, facts["worker"]) for kind, facts in events] == [
+        ("rollout_worker_blocked", 0), ("rollout_worker_died", 1),
+        ("rollout_worker_replaced", 1), ("rollout_worker_replaced", 0),
+    ]  # fmt: skip
+
+
+def test_all_workers_that_hang_in_a_call_are_named(make_config: MakeConfig, model_dir: Path) -> None:
+    config = make_config({"hang_in": "load_weights"}, workers=2, timeout_s=0.5)
+    weights = WeightBuckets(version=4, buckets=())
+    with (
+        RolloutPool(config, model_dir) as pool,
+        pytest.raises(EngineError, match=r"worker 0, 1 did not answer `load_weights` within 0.5 s"),
+    ):
+        pool.call("load_weights", dict.fromkeys(range(2), (weights,)))
+
+
+def test_what_a_replacement_says_of_itself_is_taken_and_told(
+    make_config: MakeConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    events, died = Events(), str(tmp_path / "died")
+    with RolloutPool(
+        make_config({"die_in": "generate", "die_once": died, "changed_by": died}), model_dir, events
+    ) as pool:
+        pool.generate(PROMPTS, 1)
+        assert pool.spec().unverified == "changed"
+        rows = pool.spec().describe_rows()
+    assert events[1] == ("rollout_worker_changed", {"worker": 0, "rows": rows, "unverified": "changed"})
+    assert events.kinds() == ["rollout_worker_died", "rollout_worker_changed", "rollout_worker_replaced"]
 
 
 def test_a_batch_outlives_the_worker_that_made_it(make_config: MakeConfig, model_dir: Path) -> None:

@@ -106,6 +106,7 @@ def test_an_engine_that_dies_in_a_push_is_replaced_and_every_engine_gets_the_wei
     assert events.kinds() == [
         "weights_transport", "weights_interrupted", "rollout_worker_died", "rollout_worker_replaced"
     ]  # fmt: skip
+    assert senders.shared_files() == [], "the trainer keeps buckets that nobody opens"
 
 
 @pytest.mark.parametrize("way", [pytest.param("ipc", marks=pytest.mark.slow), "broadcast"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from r3.errors import RoutingError
-from r3.rollout.segment import Owner, Slot, Ticket, Writer, as_rows, footprint
+from r3.rollout.segment import Owner, Slot, Ticket, Writer, as_rows, available_memory, footprint
 
 SIZE = 4096
 
@@ -141,6 +141,38 @@ def test_memory_that_the_host_does_not_have_is_never_asked_for(monkeypatch: pyte
     monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: pytest.fail("the host would end other processes"))
     with pytest.raises(OSError, match="MiB are more than half of the"):
         Owner(1 << 50, prefault=True)
+
+
+def cgroup(folder: Path, limit: str, used: int = 0, cached: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - cached}\ninactive_file {cached}\n")
+
+
+@pytest.mark.parametrize(
+    ("own", "parent", "available"),
+    [
+        (("max",), ("max",), 8192),
+        (("5000", 2000), ("max",), 3000),
+        (("5000", 4500, 4000), ("max",), 4500),
+        (("5000", 1000), ("6000", 5900), 100),
+        (("5000", 6000), ("max",), 0),
+        (("9000000", 1000), ("max",), 8192),
+    ],
+)
+def test_memory_is_what_the_host_has_or_what_a_group_of_processes_may_still_take(
+    tmp_path: Path, own: tuple[str, int], parent: tuple[str, int], available: int
+) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:  8 kB\n")
+    (proc / "self" / "cgroup").write_text("4:memory:/old\n0::/pods/one\n")
+    cgroup(groups / "pods" / "one", *own)
+    cgroup(groups / "pods", *parent)
+    assert available_memory(proc, groups) == available
+    (proc / "self" / "cgroup").unlink()
+    assert available_memory(proc, groups) == 8192
 
 
 def test_a_segment_has_one_writer() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 
 from r3.config import Config
 from r3.errors import EngineError
-from r3.rollout.pool import WorkerDied
+from r3.rollout.deaths import WorkerDied
 from r3.sync import WeightSync
 from r3.weights import BroadcastGroup, SentWeights, Site, WeightPart
 
@@ -20,8 +20,18 @@ BUCKETS = 4
 class Sides:
     """Pool, trainer group and outlet in one; `log` has every call in the order in which it takes effect."""
 
-    def __init__(self, engines: int, dies: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        engines: int,
+        dies: tuple[str, int] | None = None,
+        backend: str = "gloo",
+        returned: Sequence[int] = (),
+        dead: Sequence[int] = (),
+    ) -> None:
         self.log: list[str] = []
+        self._backend, self._returned, self._dead = backend, returned, dead
+        self.blocked: tuple[int, ...] = ()
+        self.abandoned: tuple[int, list[int]] | None = None
         self.version, self.reload, self._dies = 1, None, dies
         self._engines, self._filled = engines, 0
 
@@ -30,8 +40,11 @@ class Sides:
         transports = ("object_store", "ipc", "broadcast")
         return SimpleNamespace(ranks=2, transports=transports, unverified="", engine="stand-in")
 
+    def specs(self) -> list[Any]:
+        return [self.spec()] * self._engines
+
     def sites(self) -> list[Site]:
-        return [Site("n", (gpu,)) for gpu in "abc"[: self._engines]]
+        return [Site("n", (gpu,)) for gpu in "abcd"[: self._engines]]
 
     def call(self, method: str, arguments: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         for worker, given in arguments.items():
@@ -41,11 +54,12 @@ class Sides:
             self.log.append(f"{method}({', '.join(map(str, shown))}) on {worker}")
             if self._dies == (method, worker):
                 self._dies = None
-                raise WorkerDied(worker, RuntimeError("killed"))
+                raise WorkerDied(worker, RuntimeError("killed"), self._returned, self._dead)
         return dict.fromkeys(arguments, 0.5)
 
     def replace(self, death: WorkerDied) -> None:
         self.log.append(f"replace {death.worker}")
+        self.blocked = death.blocked
 
     # The trainer.
     def outlet(self) -> Sides:
@@ -74,12 +88,13 @@ class Sides:
         self.log.append("close")
         return SentWeights(self.version, (7,) * BUCKETS, 80, 0.1, 0.2, 16)
 
-    def abandon(self) -> None:
+    def abandon(self, handed: int, unread: Sequence[int]) -> None:
         self.log.append("abandon")
+        self.abandoned = (handed, list(unread))
 
     def open_group(self, name: str, world: int) -> BroadcastGroup:
         self.log.append(f"open_group {name} of {world}")
-        return BroadcastGroup(name, "host", 1, world, "nccl")
+        return BroadcastGroup(name, "host", 1, world, self._backend)  # type: ignore[arg-type]
 
     def join_group(self) -> Any:
         self.log.append("join_group")
@@ -149,6 +164,74 @@ def test_a_death_ends_the_stream_before_the_next_one_begins(where: str) -> None:
     assert "open_group r3-weights-2 of 5" in after
     assert after[-3:] == [f"end_weights({(7,) * BUCKETS}) on {worker}" for worker in range(3)]
     assert events == ["weights_transport", "weights_interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "returned", "dead", "blocked"),
+    [
+        ("gloo", (), (), ()), ("nccl", (), (), (1, 3)), ("nccl", (3,), (), (1,)), ("nccl", (), (1,), (3,)),
+        ("gloo", (), (3,), ()),
+    ],
+)  # fmt: skip
+def test_engines_that_a_death_leaves_in_a_broadcast_are_replaced_and_not_asked_to_leave(
+    backend: str, returned: tuple[int, ...], dead: tuple[int, ...], blocked: tuple[int, ...]
+) -> None:
+    sides = Sides(engines=4, dies=("load_part", 2), backend=backend, returned=returned, dead=dead)
+    sync_of(sides).push()
+    assert sides.blocked == blocked
+    after = sides.log[sides.log.index("replace 2") :]
+    left = {worker for worker in range(4) if f"leave_group(r3-weights-1) on {worker}" in after}
+    assert left == {1, 3} - set(blocked) - set(dead)
+
+
+@pytest.mark.parametrize("where", ["join_group", "begin_weights", "end_weights"])
+def test_nobody_is_blocked_by_a_death_outside_a_broadcast(where: str) -> None:
+    sides = Sides(engines=3, dies=(where, 2), backend="nccl")
+    sync_of(sides).push()
+    assert sides.blocked == ()
+
+
+def test_a_death_of_an_engine_that_shares_the_gpu_blocks_no_broadcast() -> None:
+    sides = Sides(engines=3, dies=("load_part", 0), backend="nccl")
+    sync_of(sides).push()
+    assert sides.blocked == ()
+
+
+def test_a_group_that_not_all_joined_is_left_by_those_that_did() -> None:
+    sides = Sides(engines=3, dies=("join_group", 2), backend="nccl", returned=(1,))
+    sync_of(sides).push()
+    after = sides.log[sides.log.index("replace 2") :]
+    assert after.index("leave_group(r3-weights-1) on 1") < after.index("open_group r3-weights-2 of 5")
+    assert "leave_group(r3-weights-1) on 2" not in after
+
+
+@pytest.mark.parametrize(
+    ("dies", "abandoned"),
+    [
+        (("begin_weights", 0), (-1, [])), (("load_part", 0), (0, [0, 1])), (("load_part", 2), (0, [])),
+        (("end_weights", 0), (BUCKETS - 1, [])),
+    ],
+)  # fmt: skip
+def test_the_trainer_learns_which_handles_nobody_opens(dies: tuple[str, int], abandoned: tuple[int, list[int]]) -> None:
+    sides = Sides(engines=3, dies=dies)
+    sync_of(sides).push()
+    assert sides.abandoned == abandoned
+
+
+def test_handles_of_every_dead_engine_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = Sides(engines=3, dies=("load_part", 0), dead=(2,))
+    monkeypatch.setattr(sides, "sites", lambda: [Site("n", ("a",))] * 3)
+    sync_of(sides).push()
+    assert sides.abandoned == (0, [0, 1, 4, 5])
+
+
+def test_every_engine_that_does_not_verify_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides, events = Sides(engines=3), []  # type: ignore[var-annotated]
+    specs = [SimpleNamespace(**vars(sides.spec()) | {"unverified": reason}) for reason in ("", "old", "old")]
+    monkeypatch.setattr(sides, "specs", lambda: specs)
+    config = Config.model_validate({"rollout": {"workers": 3}})
+    WeightSync(config, sides, sides, lambda kind, **facts: events.append((kind, facts)))  # type: ignore[arg-type]
+    assert events[1:] == [("weights_unverified", {"workers": [1, 2], "reason": "old"})]
 
 
 def test_a_replaced_engine_is_reached_alone_and_the_others_rejoin_at_the_next_push() -> None:

@@ -8,21 +8,26 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from r3.config import Config  # noqa: E402
 from r3.errors import ConfigError, EngineError  # noqa: E402
 from r3.rollout.engines.sglang_weights import _Handle, _payload  # noqa: E402
 from r3.rollout.gpus import visible_gpus  # noqa: E402
 from r3.rollout.sglang_plugin.weights import difference  # noqa: E402
-from r3.trainer.broadcast import SendGroup  # noqa: E402
-from r3.trainer.stream import Bucket, BucketStream, handle  # noqa: E402
-from r3.weights import MemoryHandle, Site, choose  # noqa: E402
+from r3.trainer.broadcast import SendGroup, within  # noqa: E402
+from r3.trainer.outlet import WeightOutlet  # noqa: E402
+from r3.trainer.stream import Bucket, BucketStream, give_up, handle  # noqa: E402
+from r3.weights import MemoryHandle, Site, WeightPart, choose  # noqa: E402
 from r3.weightsum import weight_checksum  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -127,6 +132,44 @@ def test_another_process_opens_a_bucket_by_its_handle_and_keeps_it() -> None:
         assert reader.stdout.read().decode() == sent
 
 
+def outlet(bucket_mib: int = 1) -> WeightOutlet:
+    config = Config.model_validate({"rollout": {"dtype": "float32"}, "weights": {"bucket_mib": bucket_mib}})
+    large = [(f"w{number}", torch.full((2**18,), float(number))) for number in range(4)]
+    return WeightOutlet(config, lambda: iter(large), lambda: 1, CPU)
+
+
+def file_of(part: WeightPart) -> Path:
+    return Path("/dev/shm") / bytes(part.handles[0].facts[1]).decode().lstrip("/")  # type: ignore[arg-type]
+
+
+def test_nothing_is_left_of_an_abandoned_stream_whose_reader_died() -> None:
+    sender = outlet()
+    sender.open(shared=True)
+    parts = [sender.fill(-1, 3), sender.fill(-1, 3)]
+    read = pickle.loads(_payload(_Handle(parts[0].handles[1], parts[0].nbytes), []))["flattened_tensor"]
+    assert all(file_of(part).exists() for part in parts)
+    # The second bucket was filled ahead. Of the first, one reader has died; two live, and one has yet to open it.
+    sender.abandon(0, [0])
+    assert [file_of(part).exists() for part in parts] == [True, False]
+    del read
+    assert file_of(parts[0]).exists(), "one reader is to come"
+    last = pickle.loads(_payload(_Handle(parts[0].handles[2], parts[0].nbytes), []))["flattened_tensor"]
+    assert last.view(torch.float32).unique().tolist() == [0.0]
+    del last
+    assert not file_of(parts[0]).exists()
+
+
+def test_counts_on_a_gpu_are_taken_back_by_what_the_handle_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(
+        torch.UntypedStorage, "_release_ipc_counter", lambda *one, device: given.append((*one, device)), raising=False
+    )
+    flat = SimpleNamespace(is_cuda=True, device="gpu")
+    facts = (b"memory", 4096, 512, b"counter", 3, b"event", True)
+    give_up(SimpleNamespace(flat=flat), MemoryHandle("uuid", facts))  # type: ignore[arg-type]
+    assert given == [(b"counter", 3, "gpu")]
+
+
 class Shown(pickle.Unpickler):
     """Gives the arguments of torch's function for CUDA handles by their names, instead of calling it."""
 
@@ -219,6 +262,39 @@ def test_engines_that_do_not_join_are_a_named_error() -> None:
     with pytest.raises(EngineError, match=r"not all 1 engine ranks joined .* within 1 s \(weights.timeout_s\)"):
         group.join()
     group.close(abort=True)
+
+
+def test_engines_that_never_meet_a_broadcast_are_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, end = SendGroup("r3-test", 3, "127.0.0.1", 0.2, CPU), threading.Event()
+    group.facts = replace(group.facts, backend="nccl")
+    monkeypatch.setattr("r3.trainer.broadcast.dist.broadcast", lambda *_, **__: end.wait())
+    with pytest.raises(EngineError, match=r"not all 2 engine ranks met .* r3-test within 0.2 s \(weights.timeout_s\)"):
+        group.send(torch.zeros(8, dtype=torch.uint8))
+    end.set()
+
+
+def test_what_a_bounded_call_returns_or_raises_comes_out() -> None:
+    assert within(60, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        within(60, lambda: 1 // 0)
+
+
+def test_torch_does_not_end_the_process_of_this_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, seen = "TORCH_NCCL_ASYNC_ERROR_HANDLING", []
+    monkeypatch.delenv(name, raising=False)
+
+    def made(*_: Any, **__: Any) -> Any:
+        seen.append(os.environ.get(name))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("r3.trainer.broadcast.distributed_c10d._new_process_group_helper", made)
+    for wanted in (None, "2"):
+        if wanted:
+            monkeypatch.setenv(name, wanted)
+        with pytest.raises(EngineError, match="enough"):
+            SendGroup("r3-test", 2, "127.0.0.1", 1.0, CPU).join()
+        assert os.environ.get(name) == wanted
+    assert seen == ["0", "2"]
 
 
 GPU_A, GPU_B, GPU_C, HOST = Site("n1", ("a",)), Site("n1", ("b",)), Site("n1", ("c",)), Site("n1")
