@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from r3.consistency import Estimate, Row, factor, markdown
 from r3.errors import ConfigError, R3Error
 
 if TYPE_CHECKING:
-    from r3.study import Earlier, Study
+    from r3.study import Earlier, Keep, Study
 
 ROWS = ("native", "r3", "r3_response", "r3_last_half")
 DTYPES = ("bfloat16", "float32", "float16")
@@ -55,8 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    if options.out is not None:
-        replace_text(options.out, json.dumps(report, indent=1) + "\n")
     if options.json:
         print(json.dumps(report, indent=1))
     return 0
@@ -102,20 +101,36 @@ def _report(options: argparse.Namespace, config: Config, dense: Config | None) -
     """Measure and print the table; return what `--out` holds."""
     earlier = read_earlier(options.add, config)
     say(f"engine {config.rollout.dtype}, trainer {config.trainer.dtype}, model {config.model.path}")
-    studies = {"moe": _study(config, options, earlier, controls=True)}
+    studies: dict[str, Study] = {}
+
+    def keep(name: str, study: Study) -> None:
+        studies[name] = study
+        if options.out is not None:
+            # Behind every round: a command that is killed has lost one round, and `--add` goes on from there.
+            replace_text(options.out, json.dumps(_contents(config, dense, studies, earlier), indent=1) + "\n")
+
+    _study(config, options, earlier, partial(keep, "moe"), controls=True)
     if dense is not None:
         say(f"dense twin {dense.model.path}")
-        studies["dense"] = _study(dense, options, earlier, controls=False)
-    rows = list(_rows(studies))
-    ratios = dict(_factors(studies))
+        _study(dense, options, earlier, partial(keep, "dense"), controls=False)
     if not options.json:
-        print(*markdown(rows), "", *_summary(rows, ratios), sep="\n", flush=True)
-    models = {"moe": config.model.path, "dense": None if dense is None else dense.model.path}
+        rows = list(_rows(studies))
+        print(*markdown(rows), "", *_summary(rows, dict(_factors(studies))), sep="\n", flush=True)
+    return _contents(config, dense, studies, earlier)
+
+
+def _contents(
+    config: Config, dense: Config | None, studies: dict[str, Study], earlier: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what `--out` holds; a model that has no round yet stands there as it was in `--add`."""
+    paths = {"moe": config.model.path, **({} if dense is None else {"dense": dense.model.path})}
+    kept = {name: earlier[path] for name, path in paths.items() if path in earlier}
+    kept |= {name: {"model": paths[name], **_kept(study)} for name, study in studies.items()}
     return {
         "setting": _setting(config),
-        "rows": [asdict(row) for row in rows],
-        "factors": {name: _finite(found) for name, found in ratios.items()},
-        "studies": {name: {"model": models[name], **_kept(study)} for name, study in studies.items()},
+        "rows": [asdict(row) for row in _rows(studies)],
+        "factors": {name: _finite(found) for name, found in _factors(studies)},
+        "studies": kept,
     }
 
 
@@ -171,7 +186,10 @@ def earlier_of(study: dict[str, Any]) -> Earlier:
     return Earlier(study["rounds"], found)
 
 
-def _study(config: Config, options: argparse.Namespace, earlier: dict[str, dict[str, Any]], *, controls: bool) -> Study:
+def _study(
+    config: Config, options: argparse.Namespace, earlier: dict[str, dict[str, Any]], keep: Keep, *, controls: bool
+) -> None:
+    """Measure one model and hand over what there is behind every round, and at the end."""
     from r3.builtin import resolve_model
     from r3.study import NOTHING, actors, control_variants, measure, variants_of
     from r3.tasks import open_task
@@ -186,10 +204,10 @@ def _study(config: Config, options: argparse.Namespace, earlier: dict[str, dict[
         absent = [variant.key for variant in variants if before.rounds and variant.key not in before.found]
         if absent:
             raise ConfigError(f"--add {options.add} lacks the rows {absent}; ask for the same rows (--rows)")
-        return measure(
+        measure(
             config, task, pool, trainers, variants,
             tokens=options.tokens, control_tokens=options.control_tokens, seconds=options.max_seconds,
-            earlier=before, say=say,
+            earlier=before, keep=keep, say=say,
         )  # fmt: skip
 
 
@@ -275,7 +293,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--add", type=Path, metavar="FILE", help="go on behind an earlier --out of the same setting and add it up"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON to FILE too")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write everything as JSON to FILE too, anew behind every round"
+    )
     parser.add_argument("--json", action="store_true", help="print that JSON instead of the table")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys")
     return parser

@@ -24,6 +24,7 @@ from r3.transport import BatchRef
 from r3.types import Batch, ModelSpec, Prompt
 
 Say = Callable[[str], None]
+Keep = Callable[["Study"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,10 @@ class Variant:
 
 @dataclass(slots=True)
 class Collected:
-    """What the rounds gave of one variant: `sums` `[prompts, features]` and `passes` `[features]` of each round."""
+    """What the rounds gave of one variant: `sums` `[prompts, features]` and `passes` `[features]` of each round.
+
+    `alarms`: the rules that the audit of any round broke.
+    """
 
     sums: list[Floats] = field(default_factory=list)
     passes: list[Floats] = field(default_factory=list)
@@ -65,33 +69,38 @@ class Collected:
         """Return k3 over every round, nats."""
         return float(mismatch_of(self.all_sums().sum(0))["k3"])
 
-    def row(self, variant: Variant, *, disagrees: bool) -> Row:
-        """Return the line of the table; `disagrees`: the pass compared routing."""
+    def row(self, variant: Variant, *, disagrees: bool, alarm_k3: float) -> Row:
+        """Return the line of the table; `disagrees`: the pass compared routing; `alarm_k3`: nats."""
         sums = self.all_sums()
         values = estimates(sums, mismatch_of)
         if disagrees:
             values |= estimates(np.stack(self.passes), disagreement_of)
         tokens, sequences = counted(sums)
+        alarms = self.alarms | ({"k3"} if self.k3() > alarm_k3 else set())
         return Row(
-            variant.key, variant.name, tokens, sequences, values,
-            tuple(sorted(self.alarms)) if variant.control else None,
-        )  # fmt: skip
+            variant.key, variant.name, tokens, sequences, values, tuple(sorted(alarms)) if variant.control else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Everything measured of one model; `compared`: there were records; `facts`: engine, versions, seconds."""
+    """Everything measured of one model so far.
+
+    `compared`: there were records; `alarm_k3`: nats, above which a control raises an alarm; `facts`: engine, versions,
+    seconds.
+    """
 
     variants: tuple[Variant, ...]
     found: Mapping[str, Collected]
     rounds: int
     compared: bool
+    alarm_k3: float
     facts: Mapping[str, object]
 
     def rows(self) -> Iterator[Row]:
         """Yield the lines of the table."""
         for variant in self.variants:
-            yield self.found[variant.key].row(variant, disagrees=self.compared)
+            yield self.found[variant.key].row(variant, disagrees=self.compared, alarm_k3=self.alarm_k3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,32 +171,37 @@ def measure(
     control_tokens: int,
     seconds: float,
     earlier: Earlier,
+    keep: Keep,
     say: Say,
-) -> Study:
+) -> None:
     """Generate until there are `tokens` response tokens, or `seconds` passed, and recompute them under every variant.
 
-    Controls see the first `control_tokens` only. Raises what engine and trainer raise.
+    Controls see the first `control_tokens` only. `keep` gets what there is, behind every round and once at least.
+    Raises what engine and trainer raise.
     """
     found = {variant.key: earlier.found.get(variant.key, Collected()) for variant in variants}
     begin, generating = time.perf_counter(), 0.0
     done, number = earlier.tokens, earlier.rounds
+
+    def so_far() -> Study:
+        facts = {
+            "engine": pool.spec().engine,
+            "trainer": trainers.versions(),
+            "generate_s": generating,
+            "recompute_s": {variant.key: found[variant.key].seconds for variant in variants},
+        }
+        return Study(tuple(variants), found, number, config.routing.capture, config.metrics.alarm_k3, facts)
+
+    if done:
+        keep(so_far())
     while not done or (done < tokens and time.perf_counter() - begin < seconds):
         number += 1
         rollout = pool.generate(_prompts(config, task, number), number)
         generating += rollout.seconds
         now = [variant for variant in variants if done < control_tokens or not variant.control]
         done += _recompute(config, trainers, rollout.batches, now, found)
+        keep(so_far())
         say(f"round {number}: {done:,} of {tokens:,} response tokens, {time.perf_counter() - begin:.0f} s")
-    for variant in variants:
-        if variant.control and found[variant.key].k3() > config.metrics.alarm_k3:
-            found[variant.key].alarms.add("k3")
-    facts = {
-        "engine": pool.spec().engine,
-        "trainer": trainers.versions(),
-        "generate_s": generating,
-        "recompute_s": {variant.key: found[variant.key].seconds for variant in variants},
-    }
-    return Study(tuple(variants), found, number, config.routing.capture, facts)
 
 
 def _recompute(

@@ -22,6 +22,7 @@ from r3.study import (
     NOTHING,
     Collected,
     Earlier,
+    Keep,
     Study,
     Variant,
     control_variants,
@@ -123,7 +124,7 @@ def study(scale: float, compared: bool, variants: tuple[Variant, ...], seed: int
         d = generator.normal(0, scale * (0.5 if variant.use.force else 1), 400)
         sums = cluster_sums(d, np.full(100, 4, np.int64), np.arange(100) // 2)
         found[variant.key] = Collected([sums], [np.array([10.0, 40, 4, 2])])
-    return Study(variants, found, 1, compared, {})
+    return Study(variants, found, 1, compared, 0.1, {})
 
 
 def test_the_report_has_every_row_and_factor(
@@ -132,7 +133,11 @@ def test_the_report_has_every_row_and_factor(
     moe = study(0.2, True, (*replay_variants(SPEC), *control_variants([], records=True)))
     moe.found["control_shift"].alarms.update({"lag", "k3"})
     plain = study(0.1, False, (Variant("native", "native", RoutingUse(False)),))
-    monkeypatch.setattr(mismatch, "_study", lambda config, *_, **__: plain if config.model.path == "twin" else moe)
+
+    def made_up(config: Config, _: object, __: object, keep: Keep, **___: object) -> None:
+        keep(plain if config.model.path == "twin" else moe)
+
+    monkeypatch.setattr(mismatch, "_study", made_up)
     config = mismatch.study_config(options())
     report = mismatch._report(options(dense="twin"), config, mismatch.dense_config(config, "twin"))
     assert [row["key"] for row in report["rows"]] == [
@@ -181,13 +186,21 @@ class Trainers:
         return Recomputed(rollout, np.full(3 * len(prompts), 4), np.arange(3 * len(prompts)) // 3, tuple(passes))
 
 
-def measured(tokens: int, earlier: Earlier, seconds: float = math.inf) -> Study:
+def measured(tokens: int, earlier: Earlier, seconds: float = math.inf, keep: Keep = lambda _: None) -> Study:
+    """Return the last of what `keep` was given too."""
     config = mismatch.study_config(options(overrides=["rollout.prompts_per_step=4"]))
     task = Task(SimpleNamespace(train_prompt=lambda i: Prompt(i, f"{i}", "")), lambda *_: 0.0)  # type: ignore[arg-type]
-    return measure(
+    kept: list[Study] = []
+
+    def both(found: Study) -> None:
+        kept.append(found)
+        keep(found)
+
+    measure(
         config, task, Pool(), Trainers(), variants_of(config, SPEC, (), ("native", "r3")),  # type: ignore[arg-type]
-        tokens=tokens, control_tokens=1, seconds=seconds, earlier=earlier, say=lambda text: None,
+        tokens=tokens, control_tokens=1, seconds=seconds, earlier=earlier, keep=both, say=lambda text: None,
     )  # fmt: skip
+    return kept[-1]
 
 
 def test_a_study_in_pieces_is_the_study_in_one_go() -> None:
@@ -240,9 +253,55 @@ def test_interrupts_and_errors_are_exit_codes(
     assert "error: no config" in capsys.readouterr().err
 
 
-def test_out_is_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_takes_the_place_of_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(mismatch, "_check", lambda config: None)
     monkeypatch.setattr(mismatch, "_report", lambda *_: {"rows": []})
-    out = tmp_path / "t.json"
-    assert mismatch.main(["--config", "grpo_qwen3moe", "--out", str(out), "--json"]) == 0
-    assert json.loads(out.read_text()) == json.loads(capsys.readouterr().out) == {"rows": []}
+    assert mismatch.main(["--config", "grpo_qwen3moe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows": []}
+
+
+def test_a_killed_command_leaves_the_rounds_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is whole behind every round; a command that goes on from it ends where one in one go does."""
+    out, given = tmp_path / "t.json", ["rollout.prompts_per_step=4", "metrics.alarm_k3=0.001"]
+
+    def study(stop: int, tokens: int) -> Any:
+        def run(config: Config, options: Any, earlier: Any, keep: Keep, **_: object) -> None:
+            before = earlier.get(config.model.path)
+
+            def kept(found: Study) -> None:
+                keep(found)
+                if found.rounds == stop:
+                    raise KeyboardInterrupt
+
+            measured(tokens, NOTHING if before is None else mismatch.earlier_of(before), keep=kept)
+
+        return run
+
+    def report(name: str, *more: str) -> Any:
+        assert mismatch.main(["--config", "grpo_qwen3moe", "--json", "--out", str(tmp_path / name), *more, *given]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert json.loads((tmp_path / name).read_text()) == printed
+        return printed
+
+    monkeypatch.setattr(mismatch, "_check", lambda config: None)
+    monkeypatch.setattr(mismatch, "_study", study(stop=2, tokens=190))
+    assert mismatch.main(["--config", "grpo_qwen3moe", "--out", str(out), *given]) == 130
+    assert [row["tokens"] for row in json.loads(out.read_text())["rows"]] == [96, 96]
+    monkeypatch.setattr(mismatch, "_study", study(stop=0, tokens=190))
+    assert report("t.json", "--add", str(out))["rows"] == report("whole.json")["rows"]
+
+
+def test_a_twin_that_was_not_reached_keeps_what_it_had() -> None:
+    config = mismatch.study_config(options())
+    twin = mismatch.dense_config(config, "twin")
+    moe, before = study(0.2, True, replay_variants(SPEC)), {"twin": {"model": "twin", "rounds": 3}}
+    assert mismatch._contents(config, twin, {"moe": moe}, before)["studies"]["dense"] == before["twin"]
+
+
+def test_controls_beyond_the_limit_of_k3_raise_an_alarm() -> None:
+    variants = control_variants([], records=True)
+    for limit, alarms in ((0.2, ()), (0.001, ("k3",))):
+        found = replace(study(0.2, True, variants), alarm_k3=limit)
+        assert {row.alarms for row in found.rows()} == {alarms}
