@@ -26,7 +26,8 @@ from r3.canary import alarms_logged, prove, warn_of
 from r3.checkpoint import Checkpoint, CheckpointStore, RunState
 from r3.config import Config
 from r3.errors import CheckpointError, DivergenceError
-from r3.rollout.pool import Rollout, RolloutPool
+from r3.rollout.outcome import Rollout
+from r3.rollout.pool import RolloutPool
 from r3.run import RunDirectory
 from r3.sync import WeightSync
 from r3.tasks import Task

@@ -343,44 +343,6 @@ class StepResult:
     tokens: TokenReport | None = None
 
 
-class TensorSlot(NamedTuple):
-    """Where one tensor lies in a bucket: Hugging Face name, torch dtype name, shape, byte range `[begin, end)`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class WeightBucket:
-    """Some tensors of a model as one run of bytes `[nbytes]` uint8 (bf16 has no numpy dtype, so bytes travel)."""
-
-    slots: tuple[TensorSlot, ...]
-    data: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class WeightBuckets:
-    """A full set of weights under Hugging Face names, cut into buckets; the `WeightSource` of one host.
-
-    `checksums`: `r3.weightsum.weight_checksum` of each bucket, none where they are not to be verified.
-    """
-
-    version: WeightVersion
-    buckets: tuple[WeightBucket, ...]
-    checksums: tuple[int, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buckets."""
-        return sum(bucket.data.nbytes for bucket in self.buckets)
-
-
-WeightSource = WeightBuckets | Path
-
-
 def layer_blocks(layers: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
     """Cut MoE layers into blocks of `size`; the last one may be smaller."""
     return tuple(tuple(layers[begin : begin + size]) for begin in range(0, len(layers), size or 1))

@@ -1,13 +1,17 @@
-"""What crosses a process seam when weights go from the trainer to the engines without passing through Ray."""
+"""What crosses a process seam when weights go from the trainer to the engines, by way of Ray or past it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from r3.errors import ConfigError
-from r3.types import TensorSlot, WeightVersion
+from r3.types import WeightVersion
 
 Transport = Literal["object_store", "ipc", "broadcast"]
 Wanted = Literal["auto", "object_store", "ipc", "broadcast"]
@@ -18,6 +22,44 @@ NCCL_ENVIRONMENT = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 # Of trainer rank 0. Where torch's watchdog sees a group's peer go, the monitor of the process's first group ends the
 # process eight minutes later, unless it is not to listen (`ProcessGroupNCCL::HeartbeatMonitor`, torch 2.11).
 SENDER_ENVIRONMENT = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+
+
+class TensorSlot(NamedTuple):
+    """Where one tensor lies in a bucket: Hugging Face name, torch dtype name, shape, byte range `[begin, end)`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBucket:
+    """Some tensors of a model as one run of bytes `[nbytes]` uint8 (bf16 has no numpy dtype, so bytes travel)."""
+
+    slots: tuple[TensorSlot, ...]
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBuckets:
+    """A full set of weights under Hugging Face names, cut into buckets; the `WeightSource` of one host.
+
+    `checksums`: `r3.weightsum.weight_checksum` of each bucket, none where they are not to be verified.
+    """
+
+    version: WeightVersion
+    buckets: tuple[WeightBucket, ...]
+    checksums: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buckets."""
+        return sum(bucket.data.nbytes for bucket in self.buckets)
+
+
+WeightSource = WeightBuckets | Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from r3.errors import ConfigError, EngineError, MissingRoutingError, RoutingErro
 from r3.rollout.provenance import StaleRows
 from r3.rollout.wire.common import Wire
 from r3.routing import Provenance, RoutingTrace, TokenIds
-from r3.types import Finish, ModelSpec, WeightSource, WeightVersion
-from r3.weights import BroadcastGroup, Transport, WeightPart
+from r3.types import Finish, ModelSpec, WeightVersion
+from r3.weights import BroadcastGroup, Transport, WeightPart, WeightSource
 
 # Generation-only servers: they answer, but nothing that they offer replaces their weights.
 GENERATION_ONLY = ("lightllm_http", "vllm_http")

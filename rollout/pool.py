@@ -15,9 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayTaskError
@@ -29,52 +27,14 @@ from r3.errors import EngineError
 from r3.rollout.deaths import DEATHS, WorkerDied, first_line, raise_cause, settle
 from r3.rollout.engine import EngineSpec
 from r3.rollout.gpus import visible_gpus
-from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
+from r3.rollout.outcome import Rollout
+from r3.rollout.reports import CanaryReport, EvalReport, RolloutReport
 from r3.rollout.worker import RolloutWorker
 from r3.transport import BatchRef, BlockRef, split
-from r3.types import Prompt, SampleFacts, layer_blocks
+from r3.types import Prompt, layer_blocks
 from r3.weights import Site
 
 _CLOSE_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One step's samples. `facts` follow the order of the concatenated `batches`, handles of `r3.types.Batch`.
-
-    `seconds`: the slowest worker's generation; `check_seconds`, `score_seconds`, `pack_seconds` likewise. Token counts
-    are sums.
-    """
-
-    batches: tuple[BatchRef, ...]
-    facts: tuple[SampleFacts, ...]
-    dropped_samples: tuple[Dropped, ...]
-    native_samples: tuple[Native, ...]
-    seconds: float
-    check_seconds: float
-    score_seconds: float
-    pack_seconds: float
-    prompt_tokens: int
-    response_tokens: int
-    cached_tokens: int
-    routing_bytes: int
-    routing_rows: int
-    stale_rows: int = 0
-
-    @property
-    def dropped(self) -> int:
-        """Number of samples that are in no batch."""
-        return len(self.dropped_samples)
-
-    @property
-    def rewards(self) -> NDArray[np.float32]:
-        """Rewards `[n]` in the order of `facts`."""
-        return np.array([fact.reward for fact in self.facts], dtype=np.float32)
-
-    @property
-    def groups(self) -> NDArray[np.int64]:
-        """Group index `[n]` in the order of `facts`."""
-        return np.array([fact.group for fact in self.facts], dtype=np.int64)
 
 
 class Actor:
@@ -197,38 +157,12 @@ class RolloutPool:
         outcomes: list[tuple[RolloutReport, BatchRef]] = [
             (report, self._batch(references)) for report, references in self._run(jobs)
         ]
-        reports = [report for report, _ in outcomes]
-        dropped = tuple(sample for report in reports for sample in report.dropped)
-        native = tuple(sample for report in reports for sample in report.native)
-        for kind, samples in (("samples_dropped", dropped), ("samples_native", native)):
-            if samples:
-                self._on_event(kind, step=step, count=len(samples), first=samples[0].reason)
-        stale = sum(report.stale_rows for report in reports)
-        if stale:
-            first = next(report.first_stale for report in reports if report.first_stale)
-            self._on_event("stale_rows", step=step, count=stale, first=first)
-        unshared = sum(report.unshared_records for report in reports)
-        if unshared:
-            size = self._config.routing.shared_mib
-            self._on_event("rows_not_shared", step=step, count=unshared, fix=f"raise routing.shared_mib (now {size})")
-        if not any(report.facts for report in reports):
+        rollout = Rollout.of(outcomes)
+        self._announce(step, rollout, [report for report, _ in outcomes])
+        if not rollout.facts:
+            dropped = rollout.dropped_samples
             raise EngineError(f"step {step}: none of {len(dropped)} samples is usable; first: {dropped[0].reason}")
-        return Rollout(
-            batches=tuple(batch for report, batch in outcomes if report.facts),
-            facts=tuple(fact for report in reports for fact in report.facts),
-            dropped_samples=dropped,
-            native_samples=native,
-            seconds=max(report.seconds for report in reports),
-            check_seconds=max(report.check_seconds for report in reports),
-            score_seconds=max(report.score_seconds for report in reports),
-            pack_seconds=max(report.pack_seconds for report in reports),
-            prompt_tokens=sum(report.prompt_tokens for report in reports),
-            response_tokens=sum(report.response_tokens for report in reports),
-            cached_tokens=sum(report.cached_tokens for report in reports),
-            routing_bytes=sum(report.routing_bytes for report in reports),
-            routing_rows=sum(report.routing_rows for report in reports),
-            stale_rows=stale,
-        )
+        return rollout
 
     def evaluate(self, prompts: Sequence[Prompt]) -> list[float]:
         """Return the rewards of greedy answers, in the order of the prompts. No routing is recorded."""
@@ -323,6 +257,19 @@ class RolloutPool:
         ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S) if closing else None
         for actor in actors:
             ray.kill(actor)
+
+    def _announce(self, step: int, rollout: Rollout, reports: Sequence[RolloutReport]) -> None:
+        """Tell of what is in no batch, goes without a record or came back otherwise than hoped for."""
+        for kind, samples in (("samples_dropped", rollout.dropped_samples), ("samples_native", rollout.native_samples)):
+            if samples:
+                self._on_event(kind, step=step, count=len(samples), first=samples[0].reason)
+        if rollout.stale_rows:
+            first = next(report.first_stale for report in reports if report.first_stale)
+            self._on_event("stale_rows", step=step, count=rollout.stale_rows, first=first)
+        unshared = sum(report.unshared_records for report in reports)
+        if unshared:
+            size = self._config.routing.shared_mib
+            self._on_event("rows_not_shared", step=step, count=unshared, fix=f"raise routing.shared_mib (now {size})")
 
     def _run(self, jobs: Sequence[_Job]) -> list[tuple[Any, list[ObjectRef]]]:
         """Run the jobs side by side; return of each the first value, and references to the others, in order."""

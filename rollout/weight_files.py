@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r3.errors import EngineError
-from r3.types import WeightBucket, WeightBuckets, WeightSource
+from r3.weights import WeightBucket, WeightBuckets, WeightSource
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from r3.rollout.provenance import OnStale, count, describe, settle
 from r3.rollout.reports import CanaryReport, Dropped, EvalReport, Native, RolloutReport
 from r3.routing import check_constant_layers
 from r3.tasks import encode, open_task
-from r3.types import Batch, Prompt, Trajectory, WeightBuckets, WeightVersion
-from r3.weights import BroadcastGroup, WeightPart
+from r3.types import Batch, Prompt, Trajectory, WeightVersion
+from r3.weights import BroadcastGroup, WeightBuckets, WeightPart
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import numpy as np
 from r3.rollout.engine import Generation, Request, Sampling
 from r3.rollout.engines.sglang import SglangEngine
 from r3.routing import checksum
-from r3.types import WeightSource, WeightVersion
+from r3.types import WeightVersion
+from r3.weights import WeightSource
 from tests.cases.payloads import Corruption, foreign_rows, layers_swapped, rows_shifted
 
 

@@ -16,7 +16,8 @@ from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling
 from r3.rollout.wire import Wire
 from r3.routing import RoutingTrace
-from r3.types import ModelSpec, Prompt, WeightSource, WeightVersion
+from r3.types import ModelSpec, Prompt, WeightVersion
+from r3.weights import WeightSource
 
 
 class FakeEngine:

@@ -16,8 +16,7 @@ from r3.trainer.group import Exported
 from r3.trainer.outlet import WeightOutlet
 from r3.trainer.port import OutletPort
 from r3.trainer.weights import weight_buckets
-from r3.types import WeightBuckets
-from r3.weights import Site
+from r3.weights import Site, WeightBuckets
 
 
 class Sender:

@@ -23,8 +23,8 @@ from r3.trainer.outcome import Recomputed, Rehearsal
 from r3.trainer.port import OutletPort
 from r3.trainer.use import RoutingUse
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
-from r3.types import ModelSpec, StepResult, WeightBuckets
-from r3.weights import NCCL_ENVIRONMENT, SENDER_ENVIRONMENT, Site
+from r3.types import ModelSpec, StepResult
+from r3.weights import NCCL_ENVIRONMENT, SENDER_ENVIRONMENT, Site, WeightBuckets
 
 if TYPE_CHECKING:
     from r3.trainer.outlet import WeightOutlet

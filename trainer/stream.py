@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from r3.errors import EngineError
-from r3.types import TensorSlot
-from r3.weights import MemoryHandle
+from r3.weights import MemoryHandle, TensorSlot
 from r3.weightsum import weight_checksum
 
 # Buckets that live at once: one that is being read, one that is being filled.

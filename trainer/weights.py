@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from r3.errors import CheckpointError
-from r3.types import TensorSlot, WeightBucket, WeightBuckets
+from r3.weights import TensorSlot, WeightBucket, WeightBuckets
 from r3.weightsum import weight_checksum
 
 # What a Hugging Face directory needs besides weights and config.json to be usable on its own.

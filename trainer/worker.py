@@ -40,7 +40,8 @@ from r3.trainer.state import load_state, save_state
 from r3.trainer.tally import counts_over_ranks
 from r3.trainer.trace import TokenObserver, Trace, Traced
 from r3.trainer.weights import save_checkpoint, weight_buckets
-from r3.types import Batch, ModelSpec, StepResult, WeightBuckets
+from r3.types import Batch, ModelSpec, StepResult
+from r3.weights import WeightBuckets
 
 Metrics = dict[str, float]
 Floats = NDArray[np.float64]

@@ -20,7 +20,8 @@ from r3.rollout.engines.http import Server, fan_out, open_servers
 from r3.rollout.handshake import probe
 from r3.rollout.wire import Decoded
 from r3.routing import TokenIds
-from r3.types import Finish, ModelSpec, WeightSource, WeightVersion
+from r3.types import Finish, ModelSpec, WeightVersion
+from r3.weights import WeightSource
 
 VERSION: WeightVersion = 0  # of all answers: the weights never change
 

@@ -17,8 +17,8 @@ from r3.rollout.engines.sglang_weights import WeightLoader
 from r3.rollout.segment import Owner
 from r3.rollout.sglang_plugin.client import open_returns, switch
 from r3.routing import Provenance
-from r3.types import ModelSpec, WeightSource, WeightVersion
-from r3.weights import STREAMED, BroadcastGroup, WeightPart
+from r3.types import ModelSpec, WeightVersion
+from r3.weights import STREAMED, BroadcastGroup, WeightPart, WeightSource
 
 
 class SglangEngine:

@@ -18,7 +18,8 @@ from r3.rollout.engines.sglang_server import ServerFacts, check_server, read_fac
 from r3.rollout.handshake import probe
 from r3.rollout.weight_files import exchanged
 from r3.routing import Provenance
-from r3.types import ModelSpec, WeightSource, WeightVersion
+from r3.types import ModelSpec, WeightVersion
+from r3.weights import WeightSource
 
 _FIRST: WeightVersion = 0
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from r3.errors import EngineError
 from r3.rollout.sglang_plugin.client import Verifier
-from r3.types import ModelSpec, TensorSlot, WeightBucket, WeightSource, WeightVersion
-from r3.weights import BroadcastGroup, MemoryHandle, WeightPart
+from r3.types import ModelSpec, WeightVersion
+from r3.weights import BroadcastGroup, MemoryHandle, TensorSlot, WeightBucket, WeightPart, WeightSource
 
 
 class WeightLoader:

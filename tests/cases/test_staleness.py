@@ -25,7 +25,8 @@ from r3.rollout.provenance import KEY, UNWRITTEN, StaleRows, Weights, pack, sett
 from r3.rollout.sglang_plugin import hooks
 from r3.rollout.wire import decode_sglang
 from r3.routing import RoutingTrace, Span
-from r3.types import ModelSpec, WeightBuckets
+from r3.types import ModelSpec
+from r3.weights import WeightBuckets
 from tests.engines.test_sglang_adapter import StubEngine
 from tests.stand_in_scheduler import Scheduler, stamps
 from tests.stand_in_scheduler import answer as request_of

@@ -13,7 +13,8 @@ import pytest
 from r3.config import Config
 from r3.errors import EngineError
 from r3.rollout.engine import Engine, Request, Sampling, open_engine
-from r3.types import ModelSpec, WeightBuckets
+from r3.types import ModelSpec
+from r3.weights import WeightBuckets
 from tests.engines.wire_server import WireServer, made_up_experts, serving
 from tests.engines.wire_server_lightllm import LightllmWire
 from tests.engines.wire_server_vllm import VllmWire

@@ -13,7 +13,8 @@ import pytest
 from r3.rollout.engine import EngineSpec, Generation, Request, Sampling, check_generation
 from r3.rollout.sglang_plugin.tickets import TICKET_KEY
 from r3.rollout.turns import merge_turns, next_start
-from r3.types import ModelSpec, Prompt, TensorSlot, WeightBucket, WeightBuckets
+from r3.types import ModelSpec, Prompt
+from r3.weights import TensorSlot, WeightBucket, WeightBuckets
 from tests.engines import reference
 from tests.real_engine import engine_config
 from tests.tiny_model import EOS, VOCAB_SIZE

@@ -17,7 +17,7 @@ from r3.rollout.engine import Generation, Request, Sampling, check_generation
 from r3.rollout.engines import sglang
 from r3.rollout.engines.sglang_args import REFUSALS, check_engine_args, check_environment, check_release, engine_kwargs
 from r3.rollout.wire.common import Wire
-from r3.types import WeightBuckets
+from r3.weights import WeightBuckets
 from tests.tiny_model import write_files
 
 REQUEST = Request(np.array([5, 6, 7], dtype=np.int32))

@@ -14,7 +14,8 @@ import pytest
 from r3.config import Config
 from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import Engine, Request, Sampling, open_engine
-from r3.types import ModelSpec, TensorSlot, WeightBucket, WeightBuckets
+from r3.types import ModelSpec
+from r3.weights import TensorSlot, WeightBucket, WeightBuckets
 from tests.engines.wire_server import Body, WireServer, made_up_experts, serving
 from tests.engines.wire_server_sglang import SglangWire
 from tests.tiny_model import write_files

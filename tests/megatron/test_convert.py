@@ -15,7 +15,7 @@ from r3.trainer.convert import export_weights, load_weights
 from r3.trainer.megatron import GPTModel
 from r3.trainer.model import Architecture, build_model, transformer_config
 from r3.trainer.weights import save_checkpoint, weight_buckets
-from r3.types import WeightBuckets
+from r3.weights import WeightBuckets
 from tests.megatron.toys import VOCAB, write_model
 
 pytestmark = [pytest.mark.megatron, pytest.mark.usefixtures("single_rank")]

@@ -13,7 +13,8 @@ from r3.config import Config
 from r3.errors import ConfigError, EngineError, RoutingError
 from r3.rollout.deaths import WorkerDied
 from r3.rollout.pool import RolloutPool
-from r3.types import Batch, Prompt, WeightBuckets
+from r3.types import Batch, Prompt
+from r3.weights import WeightBuckets
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 

@@ -7,7 +7,7 @@ import pytest
 
 from r3 import loop
 from r3.loop import Clock, rollout_metrics
-from r3.rollout.pool import Rollout
+from r3.rollout.outcome import Rollout
 from r3.rollout.reports import Dropped, Native
 from r3.types import SampleFacts, StepResult
 

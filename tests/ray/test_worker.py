@@ -13,7 +13,8 @@ from r3.config import Config
 from r3.errors import ConfigError, EngineError, MissingRoutingError, RoutingError
 from r3.rollout.engine import check_generation, open_engine, stop_token_ids
 from r3.rollout.worker import RolloutWorker
-from r3.types import Prompt, WeightBuckets
+from r3.types import Prompt
+from r3.weights import WeightBuckets
 from tests.fake_engine import FakeEngine
 from tests.tiny_model import EOS, write_files
 
