@@ -126,9 +126,12 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from r3.trainer import parallel
+    from r3.trainer import parallel, worker  # noqa: F401 - everything large, before it is frozen
 
     torch.set_num_threads(1)
+    # The collector runs several times a test, and would walk through a million objects of libraries each time.
+    gc.collect()
+    gc.freeze()
     store: dist.Store | None = None
     if rank == 0:
         store, _ = parallel.open_store(world)

@@ -33,7 +33,7 @@ FORMS = {"packed": True, "padded": False}
 
 @pytest.fixture(scope="module")
 def batch(model_dir: Path) -> Batch:
-    return make_batch(ModelSpec.from_directory(model_dir), groups=4, members=3)
+    return make_batch(ModelSpec.from_directory(model_dir), groups=4, members=2)
 
 
 @pytest.fixture(scope="module")
