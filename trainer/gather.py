@@ -128,7 +128,7 @@ class ShardGather:
     @property
     def extra_bytes(self) -> int:
         """Most bytes that batches hold at once on rank 0; 0 before the first walk."""
-        sizes = [batch.nbytes for batch in self._plan.batches] if self._plan else []
+        sizes = [self._room(batch.nbytes) for batch in self._plan.batches] if self._plan else []
         return max((sum(sizes[first : first + LIVE]) for first in range(len(sizes))), default=0)
 
     def walk(self, local: Local) -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -188,7 +188,11 @@ class ShardGather:
             self._sent(*going.popleft())
 
     def _flat(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return torch.empty(self._room(nbytes), dtype=torch.uint8, device=self._device)[:nbytes]
+
+    def _room(self, nbytes: int) -> int:
+        """Return what a batch is given: mostly the same, so that the allocator finds the block of before."""
+        return max(nbytes, self._limit) if nbytes else 0
 
     def _sent(self, _: torch.Tensor, works: Sequence[dist.Work]) -> None:
         """Wait for one batch, which must not be freed before; once a batch, so that its time limit is its own."""

@@ -74,7 +74,8 @@ def weighed() -> Iterator[list[int]]:
 
     def watched(gather: ShardGather, nbytes: int) -> torch.Tensor:
         found = flat(gather, nbytes)
-        made.append((StorageWeakRef(found.untyped_storage()), nbytes))
+        storage = found.untyped_storage()
+        made.append((StorageWeakRef(storage), storage.nbytes()))
         held.append(sum(size for ref, size in made if not ref.expired()))
         return found
 
