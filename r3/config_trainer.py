@@ -150,7 +150,10 @@ class WeightsConfig(Section):
     timeout_s: float = Field(300, gt=0)
     """Longest wait of a broadcast for its engines, to join and to take one bucket, in seconds."""
     bucket_mib: int = Field(256, ge=1)
-    """Size of one flattened bucket, in MiB; `ipc` and `broadcast` hold two on the trainer's device."""
+    """Size of one flattened bucket, in MiB; `ipc` and `broadcast` hold two on the trainer's device.
+
+    So large are also the batches in which other trainer ranks send their shards, two at once on either side.
+    """
     flush_timeout_s: float = Field(30, gt=0)
     """How long a refused cache flush is retried, in seconds."""
     exchange_dir: Path | None = None

@@ -73,7 +73,7 @@ class WeightSync:
         - `weights_gather_s`: the trainer gathers, casts and packs; `weights_load_s`: the slowest engine takes them in,
           by a broadcast with the wait for it. Both go on side by side, except through the object store.
         - `weights_transfer_s`: the trainer makes handles or broadcasts; through the object store what is left of the
-          whole. `weights_extra_bytes`: the most that buckets held at once on the trainer.
+          whole. `weights_extra_bytes`: the most that buckets, and batches of other ranks' shards, held on rank 0.
 
         An engine that dies on the way is replaced and the push begins again. Raises `EngineError`, also for bytes that
         arrived changed.

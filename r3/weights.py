@@ -118,7 +118,8 @@ class WeightPart:
 @dataclass(frozen=True, slots=True)
 class SentWeights:
     """What the trainer says of a finished stream: checksum of each bucket (none without `weights.verify`), bytes of
-    all, seconds of gathering and filling, seconds of sending, and the most bytes that its buckets held at once.
+    all, seconds of gathering and filling, seconds of sending, and the most bytes that its buckets, with the batches of
+    other ranks' shards, held at once.
     """
 
     version: WeightVersion

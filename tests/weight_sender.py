@@ -11,7 +11,6 @@ import ray
 import torch
 
 from r3.config import Config
-from r3.errors import EngineError
 from r3.trainer.group import Exported
 from r3.trainer.outlet import WeightOutlet
 from r3.trainer.port import OutletPort
@@ -75,7 +74,7 @@ class Senders:
         return found
 
     def outlet(self) -> OutletPort:
-        return OutletPort([self.actor], 60.0, _first)
+        return OutletPort([self.actor], 60.0)
 
     def export(self) -> Exported:
         facts, weights = self.actor.export.options(num_returns=2).remote()
@@ -83,10 +82,6 @@ class Senders:
 
     def close(self) -> None:
         ray.kill(self.actor)
-
-
-def _first(errors: Mapping[int, Exception], what: str) -> EngineError:
-    return EngineError(f"{what}: {next(iter(errors.values()))}")
 
 
 class OneWorker:

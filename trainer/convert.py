@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from r3.errors import CheckpointError
+from r3.trainer import parallel
+from r3.trainer.gather import BATCH_BYTES, Shard, ShardGather
 from r3.trainer.megatron import GPTModel, parallel_state
 from r3.trainer.model import Architecture
 
@@ -277,59 +278,54 @@ def load_weights(
                 weight.parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
+class WeightExport:
+    """The walk over a model's weights to rank 0, under Hugging Face names; made once, walked for every push.
+
+    `value` picks what is exported of a parameter; `batch_bytes`: see `r3.trainer.gather`. Every walk is collective: all
+    ranks must exhaust it. Rank 0 gets `(name, tensor)` of every weight, one expert a name, as checkpoint files have
+    them, on the device of the model; the others get nothing and send their parts. Experts, layers and parts that rank 0
+    does not hold come behind its own, rank by rank.
+    """
+
+    def __init__(
+        self,
+        chunks: torch.nn.Module | Sequence[torch.nn.Module],
+        arch: Architecture,
+        value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
+        batch_bytes: int = BATCH_BYTES,
+    ) -> None:
+        self._arch, self._value = arch, value
+        self._held = {(weight.name, weight.part): weight for weight in named_weights(chunks, arch)}
+        mine = [
+            Shard(name, part, weight.parts, tuple(found.shape), found.dtype)
+            for (name, part), weight in self._held.items()
+            for found in (self._local(name, part),)
+        ]
+        self._gather = ShardGather(mine, batch_bytes, parallel.device())
+
+    @property
+    def extra_bytes(self) -> int:
+        """See `ShardGather`."""
+        return self._gather.extra_bytes
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parts in self._gather.walk(self._local):
+            weight = self._held.get((name, 0))
+            rule, sources = (weight.rule, weight.sources) if weight else find_rule(name, self._arch.spec.model_type)
+            yield from zip(sources, rule.split(self._arch, join_weight(parts, rule.cut)), strict=True)
+
+    def _local(self, name: str, part: int) -> torch.Tensor:
+        weight = self._held[name, part]
+        return weight.of(self._value(weight.parameter))
+
+
 def export_weights(
     chunks: torch.nn.Module | Sequence[torch.nn.Module],
     arch: Architecture,
     value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `(Hugging Face name, tensor)` of every weight on rank 0, one expert a name, as checkpoint files have them.
-
-    Collective: every rank must exhaust the iterator; the others yield nothing and send their parts, one at a time.
-    `value` picks what is exported of a parameter.
-    """
-    held = {(weight.name, weight.part): weight for weight in named_weights(chunks, arch)}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = [(name, part, weight.parts) for (name, part), weight in held.items()]
-    everywhere: list[Any] = [mine]
-    if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, mine)
-    owners: dict[tuple[str, int], int] = {}
-    counts: dict[str, int] = {}
-    for owner, entries in enumerate(everywhere):
-        for name, part, parts in entries:
-            owners.setdefault((name, part), owner)
-            counts[name] = parts
-    for name, parts in counts.items():
-        rule, sources = find_rule(name, arch.spec.model_type)
-        pieces = [_fetch(held.get((name, part)), owners[name, part], rank, value) for part in range(parts)]
-        if rank == 0:
-            # What other ranks sent is on the host, rank 0's own part on its device.
-            found = [piece if parts == 1 else piece.cpu() for piece in pieces if piece is not None]
-            whole = join_weight(found, rule.cut)
-            yield from zip(sources, rule.split(arch, whole), strict=True)
-
-
-def _fetch(
-    weight: Weight | None, owner: int, rank: int, value: Callable[[torch.nn.Parameter], torch.Tensor]
-) -> torch.Tensor | None:
-    """Return the owner's tensor on rank 0, over the host: the parts are small and go one by one."""
-    if rank == owner == 0:
-        assert weight is not None
-        return weight.of(value(weight.parameter))
-    if rank == owner:
-        assert weight is not None
-        tensor = weight.of(value(weight.parameter)).cpu().contiguous()
-        dist.send_object_list([(tuple(tensor.shape), tensor.dtype)], 0, device=torch.device("cpu"))
-        dist.send(tensor.reshape(-1).view(torch.uint8), 0)
-    elif rank == 0:
-        facts: list[Any] = [None]
-        dist.recv_object_list(facts, owner, device=torch.device("cpu"))
-        shape, dtype = facts[0]
-        tensor = torch.empty(shape, dtype=dtype)
-        dist.recv(tensor.reshape(-1).view(torch.uint8), owner)
-        return tensor
-    return None
+    """Walk over the weights of a model once; see `WeightExport`."""
+    return iter(WeightExport(chunks, arch, value))
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import CheckpointError, EngineError, R3Error
 from r3.trainer.outcome import Recomputed, Rehearsal
-from r3.trainer.port import OutletPort
+from r3.trainer.port import OutletPort, failures, root_cause
 from r3.trainer.use import RoutingUse
 from r3.transport import BatchRef, Fetched, fetch, transport_metrics
 from r3.types import ModelSpec, StepResult
@@ -28,9 +28,6 @@ from r3.weights import NCCL_ENVIRONMENT, SENDER_ENVIRONMENT, Site, WeightBuckets
 
 if TYPE_CHECKING:
     from r3.trainer.outlet import WeightOutlet
-
-# How long the other ranks' errors are waited for once one rank has failed, to tell the cause from its consequences.
-_SETTLE_S = 2.0
 
 
 class TrainerRank:
@@ -222,7 +219,7 @@ class TrainerGroup:
 
     def outlet(self) -> OutletPort:
         """Return the driver's handle on the ranks as senders of weights."""
-        return OutletPort(self._ranks, self._timeout, _root_cause)
+        return OutletPort(self._ranks, self._timeout)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face checkpoint directory."""
@@ -265,29 +262,5 @@ class TrainerGroup:
             try:
                 results[rank] = ray.get(done[0])
             except (RayTaskError, RayActorError) as error:
-                raise _root_cause({rank: error} | _failures(pending), what) from error
+                raise root_cause({rank: error} | failures(pending), what) from error
         return [results[rank] for rank in range(len(calls))]
-
-
-def _failures(pending: Mapping[ray.ObjectRef, int]) -> dict[int, Exception]:
-    """Return the errors of the other ranks, as far as they come within the moment that a broken connection needs."""
-    done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_SETTLE_S) if pending else ([], [])
-    found: dict[int, Exception] = {}
-    for call in done:
-        try:
-            ray.get(call)
-        except (RayTaskError, RayActorError) as error:
-            found[pending[call]] = error
-    return found
-
-
-def _root_cause(errors: Mapping[int, Exception], what: str) -> R3Error:
-    """Pick the error to report: a death before a rank's own error before the failures that a lost peer brings about."""
-    for rank, error in errors.items():
-        if isinstance(error, RayActorError):
-            return EngineError(f"trainer rank {rank} died in {what!r}: {error}")
-    for error in errors.values():
-        if isinstance(error, RayTaskError) and isinstance(error.cause, R3Error):
-            return error.cause
-    rank, error = next(iter(errors.items()))
-    return EngineError(f"trainer rank {rank} failed in {what!r}: {error}")

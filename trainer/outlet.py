@@ -20,12 +20,20 @@ class WeightOutlet:
     """Weights of one rank on their way to engines.
 
     `export`: begins a collective walk over the named tensors of the model, which only rank 0 gets to see; `version`: of
-    the weights that it yields. `r3.sync` calls, on rank 0, `open`, then `fill` and `send` in turn, then `close`, and
-    meanwhile `send_parts` on the others.
+    the weights that it yields; `gathering`: most bytes that the walk itself holds on rank 0. `r3.sync` calls, on rank
+    0, `open`, then `fill` and `send` in turn, then `close`, and meanwhile `send_parts` on the others.
     """
 
-    def __init__(self, config: Config, export: Export, version: Callable[[], int], device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        export: Export,
+        version: Callable[[], int],
+        device: torch.device,
+        gathering: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._config, self._export, self._version, self._device = config, export, version, device
+        self._gathering = gathering
         self._stream: BucketStream | None = None
         self._bucket: Bucket | None = None
         self._group: SendGroup | None = None
@@ -81,7 +89,7 @@ class WeightOutlet:
             stream.nbytes,
             stream.seconds,
             self._send_s,
-            stream.extra_bytes,
+            stream.extra_bytes + self._gathering(),
         )
 
     def abandon(self, handed: int, unread: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ from r3.routing import expert_dtype
 from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
+from r3.trainer.convert import WeightExport
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func, parallel_state
 from r3.trainer.packing import Packing
@@ -87,8 +88,8 @@ class Update:
 class Policy:
     """A trainable model with its replay context, and a frozen reference when a KL penalty is asked for.
 
-    Needs the parallel state (`r3.trainer.parallel.join`). `updates` is the number of optimizer updates in the run, over
-    which the learning rate decays.
+    `export` walks over its weights. Needs the parallel state (`r3.trainer.parallel.join`). `updates` is the number of
+    optimizer updates in the run, over which the learning rate decays.
     """
 
     def __init__(self, config: Config, arch: Architecture, directory: str | Path, updates: int) -> None:
@@ -102,6 +103,7 @@ class Policy:
         self.schedule = build_schedule(config, self.optimizer, updates)
         self._layout.finalize_model_grads_func = finalize_model_grads
         self._layout.grad_scale_func = self.optimizer.scale_loss
+        self.export = WeightExport(self.chunks, arch, batch_bytes=config.weights.bucket_mib * 2**20)
         self._reference = build_reference(config, arch, directory) if config.grpo.kl_coef > 0 else None
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +28,7 @@ def rehearse(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]
     old = step.rollout_logprobs.astype(np.float64)
     sums, counts, replay_s = policy.accumulate(microbatches, step, old, None, use)
     policy.replay.require_empty("after a step")
-    gradients = exported(policy, lambda parameter: parameter.main_grad)
+    gradients = arrays(export_weights(policy.chunks, policy.arch, lambda parameter: parameter.main_grad))
     _, grad_norm, _ = policy.optimizer.step()
     tokens, loss = sum_over_ranks(np.array([sums.tokens, sums.loss]))
     return Rehearsal(
@@ -37,13 +37,13 @@ def rehearse(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]
         differs=before.trace.of_tokens(np.arange(len(old))),
         grad_norm=float(grad_norm),
         gradients=gradients,
-        weights=exported(policy, torch.Tensor.detach),
+        weights=arrays(policy.export),
         counts=counts_over_ranks(counts),
         sharded=policy.gradients_sharded,
         replay_s=before.replay_s + replay_s,
     )
 
 
-def exported(policy: Policy, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> Tensors:
-    """Return a tensor of every parameter under Hugging Face names, fp32, on rank 0; collective."""
-    return {name: t.float().cpu().numpy().copy() for name, t in export_weights(policy.chunks, policy.arch, value)}
+def arrays(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    """Return fp32 host copies of named tensors, those of rank 0 in a collective walk."""
+    return {name: tensor.float().cpu().numpy().copy() for name, tensor in tensors}

@@ -69,8 +69,9 @@ def _write_weights(tensors: NamedTensors, directory: Path, dtype: torch.dtype) -
 
     parts: list[list[str]] = []
     total = 0
-    for group in _groups(((name, tensor.to(dtype)) for name, tensor in tensors), SHARD_BYTES):
-        shard = {name: tensor.cpu().contiguous() for name, tensor in group}
+    # On the host at once: a shard is much larger than the batches in which tensors come from other ranks.
+    for group in _groups(((name, tensor.to(dtype).cpu()) for name, tensor in tensors), SHARD_BYTES):
+        shard = {name: tensor.contiguous() for name, tensor in group}
         total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, directory / f"{len(parts)}.safetensors", metadata={"format": "pt"})
         parts.append(list(shard))

@@ -29,7 +29,6 @@ from r3.routing import ExpertIds
 from r3.tokens import observes_tokens
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch, microbatch, name, plan_step, require_records
-from r3.trainer.convert import export_weights
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
 from r3.trainer.outcome import Recomputation, Recomputed, Rehearsal
@@ -247,7 +246,7 @@ class TrainerWorker:
     def export(self) -> WeightBuckets | None:
         """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere; collective."""
         buckets = weight_buckets(
-            export_weights(self.policy.chunks, self._arch),
+            self.policy.export,
             DTYPES[self._config.rollout.dtype],
             self._config.weights.bucket_mib * 2**20,
             self._version,
@@ -259,14 +258,15 @@ class TrainerWorker:
         """Return this rank's part in streaming its weights; only after `join`."""
         return WeightOutlet(
             self._config,
-            lambda: export_weights(self.policy.chunks, self._arch),
+            lambda: iter(self.policy.export),
             lambda: self._version,
             parallel.device(),
+            lambda: self.policy.export.extra_bytes,
         )
 
     def save_hf(self, directory: str) -> None:
         """Write the model as a Hugging Face checkpoint directory, on rank 0; raise `CheckpointError` if that fails."""
-        weights = export_weights(self.policy.chunks, self._arch)
+        weights = iter(self.policy.export)
         if self._rank == 0:
             save_checkpoint(weights, self._directory, Path(directory), DTYPES[self._config.trainer.dtype])
         for _ in weights:

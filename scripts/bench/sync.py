@@ -164,7 +164,7 @@ class Trainers:
     def outlet(self) -> Any:
         from r3.trainer.port import OutletPort
 
-        return OutletPort([self._actor], self._limit, lambda errors, _: next(iter(errors.values())))  # type: ignore[arg-type,return-value]
+        return OutletPort([self._actor], self._limit)
 
     def export(self) -> Any:
         import ray

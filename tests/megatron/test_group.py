@@ -88,6 +88,13 @@ def test_a_pipeline_stage_fetches_its_own_layers_and_the_step_is_the_same(model_
             first = first or report
             assert report == first, "the blocks change what is computed"
         found = group.step(1, make_advantages(whole), True, [BatchRef.put(halves)]).metrics
+        outlet = group.outlet()
+        assert outlet.open(shared=False) == 1
+        part = outlet.fill(-1, 0).wait()
+        assert part.last
+        names = {slot.name for slot in part.slots}
+        assert {"model.embed_tokens.weight", "model.layers.3.mlp.gate.weight", "lm_head.weight"} <= names
+        assert outlet.close().nbytes == part.nbytes > 900_000
     assert found["transport/node_copies"] == 1
     expected = timeless(alone.metrics)
     assert timeless(found).keys() - expected.keys() == {"transport/node_copies"}
