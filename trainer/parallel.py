@@ -126,8 +126,12 @@ def device() -> torch.device:
 
 def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
     """Return a copy of a host array on a device; on a GPU the copy is queued, so that the host does not wait for it."""
-    tensor = torch.from_numpy(np.array(array))
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
+    if where.type != "cuda":
+        return torch.from_numpy(np.array(array))
+    # Copied once, into pinned memory; `from_numpy(...).pin_memory()` takes no read-only array without a copy before.
+    staged = torch.empty_like(torch.from_numpy(np.empty(array.shape, array.dtype)), pin_memory=True)
+    np.copyto(staged.numpy(), array)
+    return staged.to(where, non_blocking=True)
 
 
 def _own_address() -> str:
