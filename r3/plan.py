@@ -44,9 +44,10 @@ class ModelSize:
 class Plan:
     """Bytes that a run will take. Per trainer rank, per rollout worker, per step, and for the object store of Ray.
 
-    `kv` and `capture` are None where the engine sizes its KV pool itself. `object_store` holds the weights of two
-    steps, because the old ones are let go only once the new ones are there, and one step's batch. `engine_ranks`: GPUs
-    of one engine, over which its weights are divided, `kv_ranks` of them its KV.
+    `kv` and `capture` are None where the engine sizes its KV pool itself. `object_store` holds one step's batch and,
+    unless they are streamed, the weights of two steps: the old ones are let go only once the new ones are there.
+    `engine_ranks`: GPUs of one engine, over which its weights are divided, `kv_ranks` of them its KV. `buckets`: on a
+    trainer's GPU, of weights on their way to the engines.
     """
 
     parameters: int
@@ -64,6 +65,7 @@ class Plan:
     object_store: int
     engine_ranks: int = 1
     kv_ranks: int = 1
+    buckets: int = 0
 
     @property
     def engine(self) -> int:
@@ -73,7 +75,7 @@ class Plan:
     @property
     def trainer(self) -> int:
         """Bytes of one trainer rank, activations aside."""
-        return self.trainer_weights + self.gradients + self.optimizer + self.reference
+        return self.trainer_weights + self.gradients + self.optimizer + self.reference + self.buckets
 
 
 def model_size(config: Config, *, planned: bool = False) -> ModelSize:
@@ -113,11 +115,36 @@ def plan(config: Config, size: ModelSize) -> Plan:
         samples_per_step=samples,
         tokens_per_step=tokens,
         routing_per_step=routing,
-        object_store=2 * engine * count + routing + tokens * _TOKEN_BYTES,
+        object_store=(0 if streams_weights(config) else 2 * engine * count) + routing + tokens * _TOKEN_BYTES,
         engine_ranks=ranks,
         # Beyond the number of key-value heads SGLang keeps copies of them.
         kv_ranks=min(ranks, size.arch.groups),
+        buckets=bucket_bytes(config),
     )
+
+
+def streams_weights(config: Config) -> bool:
+    """Tell whether weights go to the engines in buckets and not as a whole set through the object store.
+
+    See `r3.weights.choose`, which knows the GPUs; two engines may share one only where each takes a part of it.
+    """
+    rollout, wanted = config.rollout, config.weights.transport
+    if wanted != "auto":
+        return wanted != "object_store"
+    apart = rollout.workers == 1 or rollout.gpus_per_worker >= 1
+    return not rollout.is_http and rollout.gpus_per_worker > 0 and config.trainer.gpus_per_process > 0 and apart
+
+
+def bucket_bytes(config: Config) -> int:
+    """Return the bytes that weights on their way to the engines take on a trainer's GPU.
+
+    Two buckets, and where other ranks hold shards two batches of them. On a CPU only what is written takes memory.
+    """
+    trainer = config.trainer
+    if not trainer.gpus_per_process or not streams_weights(config):
+        return 0
+    sharded = trainer.tensor_parallel * trainer.pipeline_parallel * trainer.expert_parallel * trainer.expert_tensor > 1
+    return (4 if sharded else 2) * config.weights.bucket_mib * 2**20
 
 
 def rank_parameters(config: Config, size: ModelSize) -> tuple[int, int]:
@@ -148,12 +175,14 @@ def render(config: Config, size: ModelSize, found: Plan) -> list[str]:
         f"{spec.num_layers} layers with {spec.num_experts} experts, top-{spec.top_k}",
         f"each of {trainer.processes} trainer rank(s): {human(found.trainer)} and activations: weights "
         f"{human(found.trainer_weights)}, gradients {human(found.gradients)}, optimizer {human(found.optimizer)}"
-        + (f", reference {human(found.reference)}" if found.reference else ""),
+        + (f", reference {human(found.reference)}" if found.reference else "")
+        + (f", buckets {human(found.buckets)}" if found.buckets else ""),
         f"each of {rollout.workers} rollout worker(s): weights {human(found.engine_weights)}, KV {kv}{capture}",
         f"routing: {found.routing_per_token} B per token ({dtype} [{len(spec.moe_layers)}, {spec.top_k}]), at most "
         f"{human(found.routing_per_step)} per step ({found.samples_per_step} samples of {PROMPT_TOKENS} prompt and "
         f"{rollout.max_new_tokens} answer tokens)",
-        f"Ray object store: {human(found.object_store)} (weights of two steps, and one batch)",
+        f"Ray object store: {human(found.object_store)} "
+        + ("(one batch)" if streams_weights(config) else "(weights of two steps, and one batch)"),
         *_render_gpus(config, found),
     ]
 

@@ -49,6 +49,29 @@ def test_every_part_follows_from_shapes_and_dtypes(large: Path) -> None:
     assert found.object_store == 2 * 4 * count + found.routing_per_step + found.tokens_per_step * 8
 
 
+@pytest.mark.parametrize(
+    ("overrides", "streamed", "buckets"),
+    [
+        ([], False, 0),
+        (["weights.transport=ipc"], True, 0),
+        (["rollout.gpus_per_worker=1", "trainer.gpus_per_process=1"], True, 2),
+        (["rollout.gpus_per_worker=1", "trainer.gpus_per_process=1", "weights.transport=object_store"], False, 0),
+        (["rollout.gpus_per_worker=0.25", "trainer.gpus_per_process=0.5", "rollout.workers=2",
+          "rollout.mem_fraction=0.2", "trainer.mem_fraction=0.4"], False, 0),
+    ],
+)  # fmt: skip
+def test_streamed_weights_take_buckets_and_others_the_object_store(
+    large: Path, overrides: list[str], streamed: bool, buckets: int
+) -> None:
+    config = load_config(None, [f"model={large}", "weights.bucket_mib=64", *overrides])
+    size = model_size(config)
+    found = plan(config, size)
+    weights = found.object_store - found.routing_per_step - found.tokens_per_step * 8
+    assert weights == (0 if streamed else 2 * found.engine_weights)
+    assert found.buckets == buckets * 64 * MIB
+    assert ("weights of two steps" in "\n".join(render(config, size, found))) != streamed
+
+
 def test_no_capture_and_no_pool_size_take_nothing(large: Path) -> None:
     config = load_config(None, [f"model={large}", "replay.mode=none", "routing.capture=false",
                                 "rollout.gpus_per_worker=1", "rollout.max_total_tokens=null"])  # fmt: skip
@@ -124,9 +147,11 @@ def test_a_config_alone_gives_the_published_number_of_parameters(only_a_config: 
     assert found.trainer_weights == 2 * math.ceil((size.parameters - experts) / 3 + experts / 6)
     assert found.optimizer == 12 * math.ceil(size.parameters / 6)
     assert found.engine == (2 * size.parameters + 2**20 * 48 * 2 * 4 * 128 * 2) / 2
+    assert found.buckets == 4 * config.weights.bucket_mib * MIB, "two buckets, two batches of the other ranks' shards"
+    assert found.object_store < 2 * size.parameters, "the weights are streamed"
     lines = render(config, size, found)
     assert any("a rollout GPU of 139 GiB: 76.4 GiB of 111.2 GiB (rollout.mem_fraction)" in line for line in lines)
-    assert any("a trainer GPU of 139 GiB: 86.7 GiB of 132.0 GiB (trainer.mem_fraction)" in line for line in lines)
+    assert any("a trainer GPU of 139 GiB: 87.7 GiB of 132.0 GiB (trainer.mem_fraction)" in line for line in lines)
 
 
 def test_a_plan_that_does_not_fit_the_stated_gpus_is_refused(only_a_config: Path) -> None:
@@ -135,7 +160,7 @@ def test_a_plan_that_does_not_fit_the_stated_gpus_is_refused(only_a_config: Path
         check(config, planned=True)
     text = str(caught.value)
     assert "a rollout worker needs 76.4 GiB on each of its GPUs, rollout.mem_fraction=0.8" in text
-    assert "a trainer rank needs 86.7 GiB on each of its GPUs, trainer.mem_fraction=0.95" in text
+    assert "a trainer rank needs 87.7 GiB on each of its GPUs, trainer.mem_fraction=0.95" in text
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("1gpu", 1), ("2gpu", 1), ("4gpu", 2)])
