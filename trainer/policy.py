@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class Update:
 class Policy:
     """A trainable model with its replay context, and a frozen reference when a KL penalty is asked for.
 
-    `export` walks over its weights. Needs the parallel state (`r3.trainer.parallel.join`). `updates` is the number of
+    Needs the parallel state (`r3.trainer.parallel.join`). `updates` is the number of
     optimizer updates in the run, over which the learning rate decays.
     """
 
@@ -103,8 +103,12 @@ class Policy:
         self.schedule = build_schedule(config, self.optimizer, updates)
         self._layout.finalize_model_grads_func = finalize_model_grads
         self._layout.grad_scale_func = self.optimizer.scale_loss
-        self.export = WeightExport(self.chunks, arch, batch_bytes=config.weights.bucket_mib * 2**20)
         self._reference = build_reference(config, arch, directory) if config.grpo.kl_coef > 0 else None
+
+    @cached_property
+    def export(self) -> WeightExport:
+        """The walk over its weights, under the names of its checkpoint."""
+        return WeightExport(self.chunks, self.arch, batch_bytes=self._config.weights.bucket_mib * 2**20)
 
     @property
     def data(self) -> tuple[int, int]:

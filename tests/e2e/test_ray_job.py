@@ -112,6 +112,7 @@ def test_a_relative_run_directory_is_refused(cluster: LocalCluster, project: Pat
     assert "set run.dir to an absolute path" in job.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_job_leaves_no_process(
     warm_model: Path, cluster: LocalCluster, project: Path, tmp_path: Path
 ) -> None:

@@ -124,7 +124,7 @@ def gpus_of_run(name: str, gpus: int) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize(
     ("name", "gpus", "rollout", "trainer"),
     [
-        ("grpo_qwen3moe_1gpu.yaml", 1, 1, 1),
+        pytest.param("grpo_qwen3moe_1gpu.yaml", 1, 1, 1, marks=pytest.mark.slow),
         pytest.param("grpo_qwen3moe_2gpu.yaml", 2, 1, 1, marks=pytest.mark.slow),
         ("grpo_qwen3moe_4gpu.yaml", 4, 2, 2),
         pytest.param("grpo_qwen3_30b_a3b.yaml", 8, 1, 6, marks=pytest.mark.slow),

@@ -36,6 +36,7 @@ def test_the_doctor_starts_ray_and_the_engine(model: Path) -> None:
     assert found["engine"]["detail"].startswith("fake 1 started, capture on: ")
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_an_engine_that_does_not_capture(model: Path) -> None:
     code, found = last_checks(*FAKE, f"model={model}", "rollout.engine_args={capture_off: true}")
     assert code == 4

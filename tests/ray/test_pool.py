@@ -157,6 +157,7 @@ def test_a_dead_worker_is_replaced_with_the_current_weights_and_its_share_made_a
     assert {f.weight_version for f in rollout.facts} == {4}
 
 
+@pytest.mark.slow
 def test_a_death_is_seen_at_once_whoever_waits_for_the_dead_worker(make_config: MakeConfig, model_dir: Path) -> None:
     events = Events()
     faults = {"die_in": "load_weights", "die_index": 1, "hang_in": "load_weights", "hang_index": 0}
