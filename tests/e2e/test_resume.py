@@ -32,7 +32,7 @@ def comparable(run: Path) -> list[dict[str, Any]]:
     """The metrics of every step without wall times."""
 
     def timed(key: str) -> bool:
-        return key.startswith("time/") or key.endswith(("_per_s", "/replay_s", "/put_s", "/get_s"))
+        return key.startswith("time/") or key.endswith("_s")
 
     return [{k: v for k, v in row.items() if not timed(k)} for row in read_rows(run / "metrics.jsonl")]
 
