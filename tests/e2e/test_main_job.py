@@ -189,7 +189,7 @@ def test_without_replay_two_ranks_and_an_own_reward(warm_model: Path, tmp_path: 
 @pytest.mark.parametrize("way", ["ipc", "broadcast"])
 def test_weights_take_the_way_that_was_asked_for(warm_model: Path, tmp_path: Path, way: str) -> None:
     result = train(
-        tmp_path / "run", "run.steps=2", f"weights.transport={way}", "weights.bucket_mib=2", "run.eval_every=0",
+        tmp_path / "run", "run.steps=2", f"weights.transport={way}", "weights.bucket_mib=1", "run.eval_every=0",
         "rollout.prompts_per_step=8", "grpo.group_size=4", "run.checkpoint_every=1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
