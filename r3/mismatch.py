@@ -107,20 +107,26 @@ def _report(options: argparse.Namespace, config: Config, dense: Config | None) -
         studies[name] = study
         if options.out is not None:
             # Behind every round: a command that is killed has lost one round, and `--add` goes on from there.
-            replace_text(options.out, json.dumps(_contents(config, dense, studies, earlier), indent=1) + "\n")
+            report = _contents(config, dense, studies, earlier, list(_rows(studies)), dict(_factors(studies)))
+            replace_text(options.out, json.dumps(report, indent=1) + "\n")
 
     _study(config, options, earlier, partial(keep, "moe"), controls=True)
     if dense is not None:
         say(f"dense twin {dense.model.path}")
         _study(dense, options, earlier, partial(keep, "dense"), controls=False)
+    rows, ratios = list(_rows(studies)), dict(_factors(studies))
     if not options.json:
-        rows = list(_rows(studies))
-        print(*markdown(rows), "", *_summary(rows, dict(_factors(studies))), sep="\n", flush=True)
-    return _contents(config, dense, studies, earlier)
+        print(*markdown(rows), "", *_summary(rows, ratios), sep="\n", flush=True)
+    return _contents(config, dense, studies, earlier, rows, ratios)
 
 
 def _contents(
-    config: Config, dense: Config | None, studies: dict[str, Study], earlier: dict[str, dict[str, Any]]
+    config: Config,
+    dense: Config | None,
+    studies: dict[str, Study],
+    earlier: dict[str, dict[str, Any]],
+    rows: Sequence[Row],
+    ratios: dict[str, Estimate | None],
 ) -> dict[str, Any]:
     """Return what `--out` holds; a model that has no round yet stands there as it was in `--add`."""
     paths = {"moe": config.model.path, **({} if dense is None else {"dense": dense.model.path})}
@@ -128,8 +134,8 @@ def _contents(
     kept |= {name: {"model": paths[name], **_kept(study)} for name, study in studies.items()}
     return {
         "setting": _setting(config),
-        "rows": [asdict(row) for row in _rows(studies)],
-        "factors": {name: _finite(found) for name, found in _factors(studies)},
+        "rows": [asdict(row) for row in rows],
+        "factors": {name: _finite(found) for name, found in ratios.items()},
         "studies": kept,
     }
 

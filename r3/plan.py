@@ -132,7 +132,8 @@ def streams_weights(config: Config) -> bool:
     if wanted != "auto":
         return wanted != "object_store"
     apart = rollout.workers == 1 or rollout.gpus_per_worker >= 1
-    return not rollout.is_http and rollout.gpus_per_worker > 0 and config.trainer.gpus_per_process > 0 and apart
+    # Of the engines, ours in process alone is known to take buckets before it has been started.
+    return rollout.engine == "sglang" and rollout.gpus_per_worker > 0 and config.trainer.gpus_per_process > 0 and apart
 
 
 def bucket_bytes(config: Config) -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the schema in r3/config.py; `--check` only compares, and exits 1 when stale."""
+"""Write docs/configuration.md from the schema in r3/config*.py; `--check` only compares, and exits 1 when stale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TARGET = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-<!-- Written by scripts/docs/configuration.py from the schema in r3/config.py: change that, then run the script. -->
+<!-- Written by scripts/docs/configuration.py from the schema in r3/config*.py: change that, then run the script. -->
 
     python -m r3.train --config FILE [key.path=value ...] [--dry-run]
 

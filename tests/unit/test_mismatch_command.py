@@ -297,7 +297,7 @@ def test_a_twin_that_was_not_reached_keeps_what_it_had() -> None:
     config = mismatch.study_config(options())
     twin = mismatch.dense_config(config, "twin")
     moe, before = study(0.2, True, replay_variants(SPEC)), {"twin": {"model": "twin", "rounds": 3}}
-    assert mismatch._contents(config, twin, {"moe": moe}, before)["studies"]["dense"] == before["twin"]
+    assert mismatch._contents(config, twin, {"moe": moe}, before, [], {})["studies"]["dense"] == before["twin"]
 
 
 def test_controls_beyond_the_limit_of_k3_raise_an_alarm() -> None:
