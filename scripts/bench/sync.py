@@ -219,9 +219,11 @@ class Memory:
 
 
 def used() -> dict[str, int]:
-    """Return the bytes in use on every GPU of this host, nothing where there is none."""
+    """Return the bytes in use on every GPU that this process may use, nothing where there is none."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     try:
         command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+        command += ["-i", mine] if mine else []
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return {}
