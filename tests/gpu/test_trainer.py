@@ -24,9 +24,13 @@ from tests.megatron.toys import make_advantages, make_batch, make_config
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
 
 
+# A ratio near the edge of the clip would be clipped in one dtype and not in another: the whole token's gradient.
+UNCLIPPED = {"clip_low": 0.999, "clip_high": 1e6}
+
+
 def run(directory: Path, **trainer: Any) -> Rehearsal:
     """One log-prob pass and one update on forced random records."""
-    config = make_config(trainer=trainer)
+    config = make_config(trainer=trainer, grpo=UNCLIPPED)
     policy = Policy(config, Architecture.from_directory(directory), directory, updates=10)
     spec = policy.arch.spec
     batch = make_batch(spec, groups=6, members=4)
