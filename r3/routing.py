@@ -152,7 +152,12 @@ class RoutingTrace:
         Shape, dtype by the model's expert count, spans against rows and tokens, id range, distinct ids in each row
         (which also finds rows that were never written: all zeros).
         """
-        validate_rows(self.experts, self.layers, self.num_experts)
+        self.validate_form(num_tokens)
+        check_distinct(self.experts, self.layers)
+
+    def validate_form(self, num_tokens: int) -> None:
+        """Check what reading the rows relies on, all of `validate` but distinct ids; raise `RoutingError`."""
+        validate_form(self.experts, self.layers, self.num_experts)
         check_spans(self.spans, self.rows, num_tokens)
 
     def check_live(self, tokens: TokenIds) -> None:
@@ -219,6 +224,12 @@ class RoutingTrace:
 
 def validate_rows(experts: ExpertIds, layers: Sequence[int], num_experts: int) -> None:
     """Raise `RoutingError` unless `experts` `[rows, layers, k]` is what a model with these layers can have produced."""
+    validate_form(experts, layers, num_experts)
+    check_distinct(experts, layers)
+
+
+def validate_form(experts: ExpertIds, layers: Sequence[int], num_experts: int) -> None:
+    """Raise `RoutingError` unless `experts` is `[rows, layers, k]` in the model's dtype, with ids that it has."""
     if experts.ndim != 3 or experts.shape[1] != len(layers):
         raise RoutingError(f"routing has shape {experts.shape}; [rows, {len(layers)} MoE layers, k] is required")
     if experts.dtype != expert_dtype(num_experts):
@@ -227,10 +238,12 @@ def validate_rows(experts: ExpertIds, layers: Sequence[int], num_experts: int) -
         raise RoutingError(f"MoE layers {tuple(layers)} are not the strictly ascending indices of at least one layer")
     if not 1 <= experts.shape[2] <= num_experts:
         raise RoutingError(f"top-k is {experts.shape[2]} of {num_experts} experts; it lies between 1 and their number")
-    if not experts.size:
-        return
-    if num_experts <= np.iinfo(experts.dtype).max and int(experts.max()) >= num_experts:
+    if experts.size and num_experts <= np.iinfo(experts.dtype).max and int(experts.max()) >= num_experts:
         raise RoutingError(f"expert id {int(experts.max())} is outside [0, {num_experts})")
+
+
+def check_distinct(experts: ExpertIds, layers: Sequence[int]) -> None:
+    """Raise `RoutingError` where a row of `experts` `[rows, layers, k]` names an expert twice in one layer."""
     if has_repeats(experts):
         repeated = repeated_ids(experts)
         row, layer = (int(i) for i in np.argwhere(repeated)[0])

@@ -8,15 +8,17 @@ those of its context-parallel chunks, and of them for its routers those of its s
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from r3.config import TrainerConfig
 from r3.errors import RoutingError
-from r3.routing import ExpertIds, RoutingTrace, expert_dtype, positions
+from r3.routing import ExpertIds, expert_dtype
+from r3.trainer.records import ContentCheck, check_content, name, needed_blocks
 from r3.trainer.rows import Bools, Ints, RowClasses
 from r3.trainer.sampling import AuditPlan
 from r3.types import Batch, ModelSpec, Record, Trajectory
@@ -145,6 +147,19 @@ def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
+@lru_cache  # the same few tuples for all records of a step
+def _columns(block: tuple[int, ...], layers: tuple[int, ...]) -> tuple[slice | list[int], slice | list[int]]:
+    """Return which columns of a block's `layers` are wanted, and their places among the wanted `layers`."""
+    columns = [column for column, layer in enumerate(block) if layer in layers]
+    return _as_slice(columns), _as_slice([layers.index(block[column]) for column in columns])
+
+
+def _as_slice(indices: list[int]) -> slice | list[int]:
+    """Return ascending neighbours as a slice, by which numpy copies in runs and not id by id."""
+    begin, end = indices[0], indices[-1] + 1
+    return slice(begin, end) if indices == list(range(begin, end)) else indices
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """This rank's part of some trajectories, one row each (right-padded) or packed into one row.
@@ -206,17 +221,25 @@ def share(
     return tuple(steps)
 
 
-def microbatch(step: StepBatch, samples: Sequence[int], spec: ModelSpec, form: Form | None = None) -> MicroBatch:
+def microbatch(
+    step: StepBatch,
+    samples: Sequence[int],
+    spec: ModelSpec,
+    form: Form | None = None,
+    check: ContentCheck = check_content,
+) -> MicroBatch:
     """Lay out the given samples in `form` (default: padded, whole); check every routing record before it is cut.
 
-    No sample at all gives a row of pads, which a rank runs to keep in step with the others. Raises `RoutingError`.
+    `check` is given the blocks of each record whose form is right; `r3.trainer.records.DeferredChecks` looks at their
+    content later. No sample at all gives a row of pads, which a rank runs to keep in step with the others. Raises
+    `RoutingError`.
     """
     form = form or Form()
     chosen = [step.trajectories[i] for i in samples]
     sizes = [len(trajectory.tokens) for trajectory in chosen]
     shape = form.shape(sizes)
     lengths = form.lengths(sizes) if form.packed else [shape[1]]
-    whole = _Whole(step, spec, form, shape)
+    whole = _Whole(step, spec, form, shape, check)
     begin = 0
     for b, (i, trajectory) in enumerate(zip(samples, chosen, strict=True)):
         whole.place(i, trajectory, *((0, begin) if form.packed else (b, 0)))
@@ -229,11 +252,14 @@ def microbatch(step: StepBatch, samples: Sequence[int], spec: ModelSpec, form: F
 class _Whole:
     """A microbatch before it is cut to one rank's rows."""
 
-    def __init__(self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int], check: ContentCheck
+    ) -> None:
         self.spec, self.form, self.offsets, self.records = spec, form, step.offsets, step.records
+        self.check = check
         self.audit, self.windows = step.audit, np.full(shape, -1, np.int64)
         columns = form.columns if form.columns is not None else range(len(spec.moe_layers))
-        self.layers = {spec.moe_layers[column]: local for local, column in enumerate(columns)}
+        self.layers = tuple(spec.moe_layers[column] for column in columns)
         self.tokens, self.labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
         self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
@@ -254,22 +280,35 @@ class _Whole:
         self.sampled[b, begin + prompt : begin + size] = True
         found, record = 0, self.records[i]
         if record is not None and self.experts is not None:
-            blocks = needed_blocks(trajectory, record, self.spec, self.layers)
-            where = begin + positions(record.spans)
-            self.recorded[b, where], found = True, len(where)
-            self.windows[b, where] = self.audit.of_rows(i)
-            for block in blocks:
-                # Straight out of the object store: a block is never joined with others or copied as a whole.
-                columns = [column for column, layer in enumerate(block.layers) if layer in self.layers]
-                local = [self.layers[block.layers[column]] for column in columns]
-                self.experts[b][where[:, None], local] = block.experts[:, columns]
+            found = self._place_record(i, trajectory, record, b, begin)
         self.rows += RowClasses(rows=size, required=found, missing=size - 1 - found, pads=-size)
+
+    def _place_record(self, i: int, trajectory: Trajectory, record: Record, b: int, begin: int) -> int:
+        """Put the record of trajectory `i` beside its tokens and return the number of its rows."""
+        assert self.experts is not None
+        blocks = needed_blocks(trajectory, record, self.spec, self.layers)
+        self.check(trajectory, blocks)
+        cuts = [(block.experts, *_columns(block.layers, self.layers)) for block in blocks]
+        windows, row = self.audit.of_rows(i), 0
+        for span in record.spans:
+            where = slice(begin + span.begin, begin + span.end)
+            rows = slice(row, row + span.end - span.begin)
+            self.recorded[b, where] = True
+            self.windows[b, where] = windows[rows]
+            for experts, columns, local in cuts:
+                # Straight out of the object store: a block is never joined with others or copied as a whole.
+                self.experts[b, where][:, local] = experts[rows, columns]
+            row = rows.stop
+        return row
 
     def cut(self, lengths: Sequence[int]) -> MicroBatch:
         """Return this rank's rows; `lengths` of the sequences in every row."""
-        mine = self.form.context_rows(lengths)
-        rank, size = self.form.sequence
-        routed = mine.reshape(size, -1)[rank]
+        mine: Ints | slice = slice(None)
+        routed = mine
+        if self.form.context[1] > 1 or self.form.sequence[1] > 1:
+            rank, size = self.form.sequence
+            mine = self.form.context_rows(lengths)
+            routed = mine.reshape(size, -1)[rank]
         order = np.arange(self.tokens.size).reshape(self.tokens.shape)
         return MicroBatch(
             tokens=self.tokens[:, mine],
@@ -324,41 +363,8 @@ def equal_shapes(step: StepBatch, plans: Sequence[Shares], form: Form) -> Form:
     return replace(form, at_least=(max(rows for rows, _ in shapes), max(length for _, length in shapes)))
 
 
-def needed_blocks(
-    trajectory: Trajectory, record: Record, spec: ModelSpec, layers: Collection[int]
-) -> list[RoutingTrace]:
-    """Return the blocks that hold any of a rank's `layers`, checked against the model and the trajectory's own tokens.
-
-    Raises `RoutingError` that names the trajectory, also when a layer is in none of the blocks.
-    """
-    needed = [block for block in record.blocks if not set(layers).isdisjoint(block.layers)]
-    for block in record.blocks:
-        fitting = tuple(layer for layer in spec.moe_layers if layer in block.layers)
-        if (block.layers, block.num_experts, block.top_k) != (fitting, spec.num_experts, spec.top_k):
-            raise RoutingError(
-                f"{name(trajectory)}: the record is for layers, experts, top-k "
-                f"{(block.layers, block.num_experts, block.top_k)}, "
-                f"the model has {(spec.moe_layers, spec.num_experts, spec.top_k)}"
-            )
-    absent = sorted(set(layers).difference(*(block.layers for block in needed)))
-    if absent:
-        raise RoutingError(f"{name(trajectory)}: the blocks of its record that came lack MoE layers {absent}")
-    for block in needed:
-        try:
-            block.validate(len(trajectory.tokens))
-            block.verify(trajectory.tokens)
-        except RoutingError as error:
-            raise RoutingError(f"{name(trajectory)}: {error}") from error
-    return needed
-
-
 def require_records(step: StepBatch) -> None:
     """Raise `RoutingError` when a trajectory has no routing record although replay needs one."""
     for trajectory, record in zip(step.trajectories, step.records, strict=True):
         if record is None:
             raise RoutingError(f"{name(trajectory)} has no routing record; replay.mode is r3, so each one needs it")
-
-
-def name(trajectory: Trajectory) -> str:
-    """Name a trajectory in an error message."""
-    return f"trajectory (group {trajectory.group}, member {trajectory.member})"

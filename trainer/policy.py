@@ -21,6 +21,7 @@ from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
 from r3.trainer.convert import WeightExport
+from r3.trainer.feed import largest_shape
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func, parallel_state
 from r3.trainer.packing import Packing
@@ -245,14 +246,15 @@ class Policy:
             return self.replay.run(routing, call, chunk), partial(loss, microbatch)
 
         sources = [iter(enumerate(microbatches)) for _ in chunks]
+        most_rows, length = largest_shape(microbatches)
         with self.replay.measured(where) as tally:
             reports = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=sources if len(chunks) > 1 else sources[0],
                 model=list(chunks) if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(microbatches),
-                seq_length=max(microbatch.shape[1] for microbatch in microbatches),
-                micro_batch_size=max(microbatch.shape[0] for microbatch in microbatches),
+                seq_length=length,
+                micro_batch_size=most_rows,
                 forward_only=forward_only,
             )
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,4 +25,9 @@ class RowClasses:
     pads: int = 0
 
     def __add__(self, other: RowClasses) -> RowClasses:
-        return RowClasses(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return RowClasses(
+            self.rows + other.rows,
+            self.required + other.required,
+            self.missing + other.missing,
+            self.pads + other.pads,
+        )

@@ -19,27 +19,28 @@ from r3.types import Record
 class AuditPlan:
     """The audited windows `[n, 2]` of a step, in recorded rows counted over its trajectories in order.
 
-    `offsets` int64 `[trajectories + 1]`: the first recorded row of each trajectory.
+    `offsets` int64 `[trajectories + 1]`: the first recorded row of each trajectory; `places` int64: the window of every
+    recorded row, -1 for one that is not audited.
     """
 
     windows: Ints
     offsets: Ints
+    places: Ints
 
     @classmethod
     def of(cls, records: tuple[Record | None, ...], turn: int) -> AuditPlan:
         """Plan the audit of step `turn`."""
         rows = [sum(span.end - span.begin for span in record.spans) if record else 0 for record in records]
         offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
-        return cls(choose_windows(int(offsets[-1]), turn), offsets)
+        windows = choose_windows(int(offsets[-1]), turn)
+        places = np.full(offsets[-1], -1, np.int64)
+        for index, (begin, end) in enumerate(windows):
+            places[begin:end] = index
+        return cls(windows, offsets, places)
 
     def of_rows(self, i: int) -> Ints:
         """Return the window of every recorded row of trajectory `i`, -1 for one that is not audited."""
-        rows = np.arange(self.offsets[i], self.offsets[i + 1])
-        if not len(self.windows):
-            return np.full(len(rows), -1, np.int64)
-        index = np.searchsorted(self.windows[:, 0], rows, side="right") - 1
-        inside = (index >= 0) & (rows < self.windows[index, 1])
-        return np.where(inside, index, -1)
+        return self.places[self.offsets[i] : self.offsets[i + 1]]
 
     def trajectory(self, row: int) -> int:
         """Return the trajectory that recorded row `row` of the step belongs to."""

@@ -28,12 +28,14 @@ from r3.metrics import RouterCounts
 from r3.routing import ExpertIds
 from r3.tokens import observes_tokens
 from r3.trainer import parallel
-from r3.trainer.batching import MicroBatch, StepBatch, microbatch, name, plan_step, require_records
+from r3.trainer.batching import MicroBatch, StepBatch, plan_step, require_records
+from r3.trainer.feed import MicroBatches, StepShare
 from r3.trainer.megatron import megatron_core
 from r3.trainer.model import DTYPES, Architecture
 from r3.trainer.outcome import Recomputation, Recomputed, Rehearsal
 from r3.trainer.outlet import WeightOutlet
 from r3.trainer.policy import LogprobPass, Policy, RoutingUse, Update, UpdateSums
+from r3.trainer.records import name
 from r3.trainer.rehearsal import rehearse
 from r3.trainer.state import load_state, save_state
 from r3.trainer.tally import counts_over_ranks
@@ -44,20 +46,6 @@ from r3.weights import WeightBuckets
 
 Metrics = dict[str, float]
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """A step's batch and the part of it that this rank works on: microbatches by mini-step."""
-
-    step: StepBatch
-    mini_steps: tuple[tuple[MicroBatch, ...], ...]
-    seconds: float
-
-    @property
-    def microbatches(self) -> list[MicroBatch]:
-        """Those of every mini-step, in order."""
-        return [one for mini_step in self.mini_steps for one in mini_step]
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +229,9 @@ class TrainerWorker:
         """Run one forced-routing step of known outcome; see `r3.trainer.rehearsal`. The weights change."""
         share_ = self._prepare(batches, advantages, mini_steps=1)
         require_records(share_.step)
-        return rehearse(self.policy, share_.step, share_.microbatches, RoutingUse(force=True))
+        microbatches = list(share_.microbatches)
+        share_.microbatches.checks.finish()
+        return rehearse(self.policy, share_.step, microbatches, RoutingUse(force=True))
 
     def export(self) -> WeightBuckets | None:
         """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere; collective."""
@@ -287,21 +277,22 @@ class TrainerWorker:
 
     def _prepare(
         self, batches: Sequence[Batch], advantages: NDArray[np.float32] | None, mini_steps: int, turn: int = 0
-    ) -> _Share:
+    ) -> StepShare:
         begin = time.perf_counter()
         step = StepBatch.join(batches, advantages, self._arch.spec, turn)
         plan, form = plan_step(step, self._config.trainer, mini_steps, self.policy.form, self.policy.data)
-        built = tuple(tuple(microbatch(step, samples, self._arch.spec, form) for samples in cuts) for cuts in plan)
-        return _Share(step, built, time.perf_counter() - begin)
+        laid_out = MicroBatches(step, [part for cuts in plan for part in cuts], self._arch.spec, form)
+        return StepShare(step, laid_out, tuple(len(cuts) for cuts in plan), time.perf_counter() - begin)
 
-    def _logprobs(self, share_: _Share, use: RoutingUse) -> _Pass:
+    def _logprobs(self, share_: StepShare, use: RoutingUse) -> _Pass:
         begin = time.perf_counter()
-        found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
+        with share_.microbatches.checks:
+            found: LogprobPass = self.policy.logprobs(share_.microbatches, share_.step, use)
         logprobs = parallel.sum_over_ranks(found.logprobs)
         counts, seconds = counts_over_ranks(found.counts), time.perf_counter() - begin
         return _Pass(logprobs, counts, found.replay_s, seconds, found.own, found.trace)
 
-    def _replay_own(self, share_: _Share, native: _Pass) -> _Pass | None:
+    def _replay_own(self, share_: StepShare, native: _Pass) -> _Pass | None:
         """Replay what the trainer chose in a pass of its own (R2); None where nothing was recorded to compare with."""
         if not native.own:
             return None

@@ -4,15 +4,17 @@
     python scripts/bench/replay.py                                   # one GPU, builtin:qwen3moe-1b
     python scripts/bench/replay.py --tiny --out /tmp/replay.json     # proves the script, on a CPU
 
-A step is what the trainer does with one batch: lay out the microbatches, recompute the log-probs, one update. Three
-ways, interleaved, all on the same random balanced routing, so that the experts' products are the same:
+A step is what the trainer does with one batch: lay out the microbatches, recompute the log-probs, check the content of
+the records beside that pass, one update. Three ways, interleaved, all on the same random balanced routing, so that the
+experts' products are the same:
 
     off     the router chooses for itself (top-k), and ready ids on the device take the choice's place
     r3      the records are forced, counted and audited, as in every step of a run
     native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts and checks nothing
 
-A round runs each way once, in an order that rotates. The ratio of a way is the geometric mean over rounds of its time
-over that of `off` in the same round. The table is written after each round.
+A round runs each way once, in an order by which every way follows every other. The ratio of a way is the geometric mean
+over rounds of its time over that of `off` in the same round. The table, with the seconds of every round under `raw`, is
+written after each round.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,8 @@ import torch.distributed as dist
 
 from r3.builtin import resolve_model
 from r3.trainer import parallel
-from r3.trainer.batching import MicroBatch, StepBatch, microbatch, share
+from r3.trainer.batching import MicroBatch, StepBatch, share
+from r3.trainer.feed import MicroBatches
 from r3.trainer.model import Architecture
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.replay import MicrobatchRouting, ReplayContext, router_order
@@ -49,6 +53,7 @@ from tests.megatron.native import NativeReplay, native_policy
 from tests.megatron.toys import make_advantages, make_config, make_trace, write_model
 
 WAYS = ("off", "r3", "native")
+ORDERS = tuple(permutations(WAYS))
 _OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "replay.json"
 
 
@@ -137,7 +142,8 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         begin = _now()
         microbatches = self._laid_out(policy, step)
-        old = policy.logprobs(microbatches, step, use)
+        with microbatches.checks if way == "r3" else nullcontext():
+            old = policy.logprobs(microbatches, step, use)
         if isinstance(policy.replay, NativeReplay):
             policy.replay.clear()
         update = None if use is None else RoutingUse(force=True, compare=False)
@@ -154,9 +160,9 @@ class Bench:
                 if hasattr(module, "context") and hasattr(module, "topk"):
                     module.context = context
 
-    def _laid_out(self, policy: Policy, step: StepBatch) -> list[MicroBatch]:
+    def _laid_out(self, policy: Policy, step: StepBatch) -> MicroBatches:
         plan = share(step.trajectories, mini_steps=1, rank=0, world=1, micro_batch_size=self._size)
-        return [microbatch(step, samples, self._arch.spec, policy.form) for samples in plan[0]]
+        return MicroBatches(step, plan[0], self._arch.spec, policy.form)
 
     def _ids(self, one: MicroBatch) -> dict[int, torch.Tensor]:
         assert one.experts is not None
@@ -227,10 +233,10 @@ def main() -> None:
             for way in WAYS:
                 bench.run(way)
         while len(rounds) < options.rounds and time.monotonic() - begin < options.seconds:
-            turn = len(rounds) % len(WAYS)
-            rounds.append({way: bench.run(way) for way in WAYS[turn:] + WAYS[:turn]})
+            rounds.append({way: bench.run(way) for way in ORDERS[len(rounds) % len(ORDERS)]})
             rows = rows_of(rounds, bench.tokens)
-            write(options.out, made, rows)
+            raw = {way: [round(one[way].seconds, 5) for one in rounds] for way in WAYS}
+            write(options.out, made | {"raw": raw}, rows)
         if not rounds:
             sys.exit(f"no round fits into --seconds {options.seconds:g}")
         for one in rows:
@@ -249,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recompute", default="none", choices=["none", "full", "selective"])
     parser.add_argument("--experts", default="auto", choices=["auto", "sequential", "grouped"])
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not counted")
+    parser.add_argument("--rounds", type=int, default=18)
+    parser.add_argument("--warm-up", type=int, default=4, help="rounds that are not counted")
     parser.add_argument("--seconds", type=float, default=600, help="no new round begins after this")
     parser.add_argument("--out", type=Path, default=_OUT)
     return parser

@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 
 from r3.trainer import parallel
-from r3.trainer.batching import MicroBatch, StepBatch, microbatch, share
+from r3.trainer.batching import StepBatch, share
+from r3.trainer.feed import MicroBatches
 from r3.trainer.model import Architecture
 from r3.trainer.policy import Policy, RoutingUse
 from r3.types import Batch, ModelSpec, Trajectory
@@ -53,12 +54,12 @@ def make_batch(spec: ModelSpec, tokens: int, routing: bool) -> Batch:
     return Batch.pack(made)
 
 
-def laid_out(policy: Policy, step: StepBatch, size: int) -> tuple[list[MicroBatch], float]:
+def laid_out(policy: Policy, step: StepBatch, size: int) -> tuple[MicroBatches, float]:
     """Return the step's microbatches and the seconds that they took."""
-    begin = time.perf_counter()
     plan = share(step.trajectories, mini_steps=1, rank=0, world=1, micro_batch_size=size)
-    made = [microbatch(step, samples, policy.arch.spec, policy.form) for samples in plan[0]]
-    return made, time.perf_counter() - begin
+    made = MicroBatches(step, plan[0], policy.arch.spec, policy.form)
+    list(made)
+    return made, made.seconds
 
 
 def one_step(policy: Policy, steps: tuple[StepBatch, StepBatch], size: int, audit: bool) -> tuple[float, float, float]:
@@ -68,7 +69,8 @@ def one_step(policy: Policy, steps: tuple[StepBatch, StepBatch], size: int, audi
     begin = time.perf_counter()
     microbatches, aligned = laid_out(policy, with_records, size)
     use = RoutingUse(force=True)
-    old = policy.logprobs(microbatches, with_records, replace(use, audit=audit))
+    with microbatches.checks:
+        old = policy.logprobs(microbatches, with_records, replace(use, audit=audit))
     update = policy.update(microbatches, with_records, old.logprobs, None, replace(use, compare=False))
     return time.perf_counter() - begin, aligned - plain, old.replay_s + update.replay_s
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from r3.errors import RoutingError
-from r3.trainer.batching import StepBatch, needed_blocks
+from r3.trainer.batching import StepBatch
+from r3.trainer.records import needed_blocks
 from r3.types import Batch, ModelSpec, Record, Trajectory
 from tests.cases.payloads import MODEL, TOKENS, Ids, alarms, decode, foreign_rows, payload, routed, wide
 

@@ -252,8 +252,11 @@ def test_a_record_of_other_tokens_stops_the_step(model_dir: Path) -> None:
         batch = make_batch(worker.spec())
         tokens = batch.tokens.copy()
         tokens[20] += 1
+        before = weights(worker)
         with pytest.raises(RoutingError, match="checksum"):
             run_step(worker, replace(batch, tokens=tokens))
+        assert worker.weight_version == 0
+        assert all(torch.equal(before[name], after) for name, after in weights(worker).items())
 
 
 def test_several_batches_are_one_step(model_dir: Path) -> None:
