@@ -152,12 +152,12 @@ class RoutingTrace:
         Shape, dtype by the model's expert count, spans against rows and tokens, id range, distinct ids in each row
         (which also finds rows that were never written: all zeros).
         """
-        self.validate_form(num_tokens)
-        check_distinct(self.experts, self.layers)
+        validate_rows(self.experts, self.layers, self.num_experts)
+        check_spans(self.spans, self.rows, num_tokens)
 
     def validate_form(self, num_tokens: int) -> None:
-        """Check what reading the rows relies on, all of `validate` but distinct ids; raise `RoutingError`."""
-        validate_form(self.experts, self.layers, self.num_experts)
+        """Check what it takes to place the rows, `validate` without a look at the ids; raise `RoutingError`."""
+        check_shape(self.experts, self.layers, self.num_experts)
         check_spans(self.spans, self.rows, num_tokens)
 
     def check_live(self, tokens: TokenIds) -> None:
@@ -224,12 +224,13 @@ class RoutingTrace:
 
 def validate_rows(experts: ExpertIds, layers: Sequence[int], num_experts: int) -> None:
     """Raise `RoutingError` unless `experts` `[rows, layers, k]` is what a model with these layers can have produced."""
-    validate_form(experts, layers, num_experts)
+    check_shape(experts, layers, num_experts)
+    check_range(experts, num_experts)
     check_distinct(experts, layers)
 
 
-def validate_form(experts: ExpertIds, layers: Sequence[int], num_experts: int) -> None:
-    """Raise `RoutingError` unless `experts` is `[rows, layers, k]` in the model's dtype, with ids that it has."""
+def check_shape(experts: ExpertIds, layers: Sequence[int], num_experts: int) -> None:
+    """Raise `RoutingError` unless `experts` is `[rows, layers, k]` in the dtype of a model with these layers."""
     if experts.ndim != 3 or experts.shape[1] != len(layers):
         raise RoutingError(f"routing has shape {experts.shape}; [rows, {len(layers)} MoE layers, k] is required")
     if experts.dtype != expert_dtype(num_experts):
@@ -238,6 +239,10 @@ def validate_form(experts: ExpertIds, layers: Sequence[int], num_experts: int) -
         raise RoutingError(f"MoE layers {tuple(layers)} are not the strictly ascending indices of at least one layer")
     if not 1 <= experts.shape[2] <= num_experts:
         raise RoutingError(f"top-k is {experts.shape[2]} of {num_experts} experts; it lies between 1 and their number")
+
+
+def check_range(experts: ExpertIds, num_experts: int) -> None:
+    """Raise `RoutingError` for an id that the model does not have."""
     if experts.size and num_experts <= np.iinfo(experts.dtype).max and int(experts.max()) >= num_experts:
         raise RoutingError(f"expert id {int(experts.max())} is outside [0, {num_experts})")
 

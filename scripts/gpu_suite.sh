@@ -41,5 +41,5 @@ if [ "$gpus" -ge 2 ]; then
     step job2 420 "$PYTHON" scripts/bench/job.py --config grpo_qwen3moe_2gpu.yaml --dir "$OUT/run2" --out "$OUT/job_2gpu.json" run.eval_every=0
 fi
 step replay 300 "$PYTHON" scripts/bench/replay.py --seconds "${REPLAY_SECONDS:-200}" --out "$OUT/replay.json"
-step mismatch 400 "$PYTHON" -m r3.mismatch --config grpo_qwen3moe_1gpu.yaml --tokens "${TOKENS:-200000}" --out "$OUT/mismatch.json"
+step mismatch 400 "$PYTHON" scripts/bench/consistency.py --tokens "${TOKENS:-200000}" --out "$OUT/consistency.json" -- rollout.prompts_per_step=512
 exit "$FAILED"

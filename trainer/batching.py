@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from r3.config import TrainerConfig
 from r3.errors import RoutingError
-from r3.routing import ExpertIds, expert_dtype
-from r3.trainer.records import ContentCheck, check_content, name, needed_blocks
+from r3.routing import ExpertIds, RoutingTrace, expert_dtype
+from r3.trainer.records import ContentCheck, Placed, check_content, check_ids, name, needed_blocks
 from r3.trainer.rows import Bools, Ints, RowClasses
 from r3.trainer.sampling import AuditPlan
 from r3.types import Batch, ModelSpec, Record, Trajectory
@@ -61,11 +61,11 @@ class StepBatch:
             )
         if not trajectories:
             raise RoutingError("the step has no trajectory; every sample was dropped")
+        model = spec.fingerprint
         for trajectory in trajectories:
-            if trajectory.fingerprint != spec.fingerprint:
+            if trajectory.fingerprint != model:
                 raise RoutingError(
-                    f"{name(trajectory)} was sampled from model {trajectory.fingerprint}, "
-                    f"the trainer holds {spec.fingerprint}"
+                    f"{name(trajectory)} was sampled from model {trajectory.fingerprint}, the trainer holds {model}"
                 )
         lengths = np.array([trajectory.response_len for trajectory in trajectories], dtype=np.int64)
         records = tuple(batch.record(i) for batch in batches for i in range(len(batch)))
@@ -230,20 +230,22 @@ def microbatch(
 ) -> MicroBatch:
     """Lay out the given samples in `form` (default: padded, whole); check every routing record before it is cut.
 
-    `check` is given the blocks of each record whose form is right; `r3.trainer.records.DeferredChecks` looks at their
-    content later. No sample at all gives a row of pads, which a rank runs to keep in step with the others. Raises
-    `RoutingError`.
+    `check` looks at the content of records whose form is right, `r3.trainer.records.DeferredChecks` later. No sample at
+    all gives a row of pads, which a rank runs to keep in step with the others. Raises `RoutingError`.
     """
     form = form or Form()
     chosen = [step.trajectories[i] for i in samples]
     sizes = [len(trajectory.tokens) for trajectory in chosen]
     shape = form.shape(sizes)
     lengths = form.lengths(sizes) if form.packed else [shape[1]]
-    whole = _Whole(step, spec, form, shape, check)
+    whole = _Whole(step, spec, form, shape)
     begin = 0
     for b, (i, trajectory) in enumerate(zip(samples, chosen, strict=True)):
         whole.place(i, trajectory, *((0, begin) if form.packed else (b, 0)))
         begin += lengths[b] if form.packed else 0
+    whole.require_known_ids(chosen, samples)
+    if whole.experts is not None:
+        check(Placed(whole.experts, whole.recorded, tuple(whole.placed)))
     if form.packed:
         whole.positions[:] = np.concatenate([np.arange(length) for length in lengths])
     return whole.cut(lengths)
@@ -252,11 +254,9 @@ def microbatch(
 class _Whole:
     """A microbatch before it is cut to one rank's rows."""
 
-    def __init__(
-        self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int], check: ContentCheck
-    ) -> None:
-        self.spec, self.form, self.offsets, self.records = spec, form, step.offsets, step.records
-        self.check = check
+    def __init__(self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
+        self.spec, self.form, self.offsets, self.records = spec, form, step.offsets.tolist(), step.records
+        self.placed: list[tuple[Trajectory, list[RoutingTrace]]] = []
         self.audit, self.windows = step.audit, np.full(shape, -1, np.int64)
         columns = form.columns if form.columns is not None else range(len(spec.moe_layers))
         self.layers = tuple(spec.moe_layers[column] for column in columns)
@@ -287,7 +287,7 @@ class _Whole:
         """Put the record of trajectory `i` beside its tokens and return the number of its rows."""
         assert self.experts is not None
         blocks = needed_blocks(trajectory, record, self.spec, self.layers)
-        self.check(trajectory, blocks)
+        self.placed.append((trajectory, blocks))
         cuts = [(block.experts, *_columns(block.layers, self.layers)) for block in blocks]
         windows, row = self.audit.of_rows(i), 0
         for span in record.spans:
@@ -300,6 +300,15 @@ class _Whole:
                 self.experts[b, where][:, local] = experts[rows, columns]
             row = rows.stop
         return row
+
+    def require_known_ids(self, trajectories: Sequence[Trajectory], samples: Sequence[int]) -> None:
+        """Raise `RoutingError` for an id that the model does not have: on a device it would end the process."""
+        if self.experts is None or not self.experts.size or int(self.experts.max()) < self.spec.num_experts:
+            return
+        for i, trajectory in zip(samples, trajectories, strict=True):
+            record = self.records[i]
+            if record is not None:
+                check_ids(trajectory, record)
 
     def cut(self, lengths: Sequence[int]) -> MicroBatch:
         """Return this rank's rows; `lengths` of the sequences in every row."""

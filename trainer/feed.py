@@ -45,7 +45,6 @@ class MicroBatches(Sequence[MicroBatch]):
         if found is None:
             begin = time.perf_counter()
             found = microbatch(self._step, self._samples[index], self._spec, self._form, self.checks)
-            self.checks.start()
             self._made[index] = found
             self.seconds += time.perf_counter() - begin
         return found

@@ -2,56 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 
 from r3.errors import RoutingError
-from r3.routing import RoutingTrace, check_distinct
+from r3.routing import ExpertIds, RoutingTrace, check_distinct, check_range
+from r3.structure import has_repeats
+from r3.trainer.rows import Bools
 from r3.types import ModelSpec, Record, Trajectory
 
-ContentCheck = Callable[[Trajectory, Sequence[RoutingTrace]], None]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """The records of a microbatch and where they were put.
+
+    `experts` `[b, s, layers, k]`: the rank's layers; `recorded` bool `[b, s]`: its rows with a record; `records`: each
+    trajectory and the blocks that it was put from.
+    """
+
+    experts: ExpertIds
+    recorded: Bools
+    records: tuple[tuple[Trajectory, Sequence[RoutingTrace]], ...]
 
 
-def check_content(trajectory: Trajectory, blocks: Sequence[RoutingTrace]) -> None:
+ContentCheck = Callable[[Placed], None]
+
+
+def check_content(placed: Placed) -> None:
     """Raise `RoutingError` unless rows name k distinct experts and are those that the rollout sealed with its tokens.
 
-    The form of `blocks` (`needed_blocks`) is right already.
+    The form of the blocks (`needed_blocks`) is right already.
     """
-    for block in blocks:
-        try:
-            check_distinct(block.experts, block.layers)
-            block.verify(trajectory.tokens)
-        except RoutingError as error:
-            raise RoutingError(f"{name(trajectory)}: {error}") from error
+    # At once: with short records, most of a check is its call.
+    repeated = has_repeats(placed.experts[placed.recorded])
+    for trajectory, blocks in placed.records:
+        for block in blocks:
+            with _named(trajectory):
+                if repeated:
+                    check_distinct(block.experts, block.layers)
+                block.verify(trajectory.tokens)
+
+
+def check_ids(trajectory: Trajectory, record: Record) -> None:
+    """Raise `RoutingError` that names the trajectory where its record has an id that the model does not have."""
+    for block in record.blocks:
+        with _named(trajectory):
+            check_range(block.experts, block.num_experts)
 
 
 class DeferredChecks:
     """Checks the content of records in a thread, beside a pass that only reads them.
 
-    Give it to `microbatch`, `start` it behind each, and `finish` it before anything is trained on the records. As a
-    context it finishes at the end; what a broken record made of the block is raised as the `RoutingError` that caused
-    it. The checks are numpy's and zlib's work, which let go of the interpreter meanwhile.
+    Give it to `microbatch`, and `finish` it before anything is trained on the records. As a context it finishes at the
+    end; what a broken record made of the block is raised as the `RoutingError` that caused it. The checks are numpy's
+    and zlib's work, which let go of the interpreter meanwhile.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="r3-record-checks")
-        self._noted: list[tuple[Trajectory, Sequence[RoutingTrace]]] = []
         self._running: list[Future[None]] = []
 
-    def __call__(self, trajectory: Trajectory, blocks: Sequence[RoutingTrace]) -> None:
-        """Note the blocks of one record."""
-        self._noted.append((trajectory, blocks))
-
-    def start(self) -> None:
-        """Begin to check what was noted since the last call."""
-        if self._noted:
-            self._running.append(self._thread.submit(_check_all, self._noted))
-            self._noted = []
+    def __call__(self, placed: Placed) -> None:
+        """Begin to check the records of one microbatch."""
+        self._running.append(self._thread.submit(check_content, placed))
 
     def finish(self) -> None:
-        """Wait for the checks that were started; raise the `RoutingError` of the first record that failed."""
+        """Wait for the checks; raise the `RoutingError` of the first record that failed."""
         for one in self._running:
             one.result()
 
@@ -62,11 +82,6 @@ class DeferredChecks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish()
-
-
-def _check_all(noted: Sequence[tuple[Trajectory, Sequence[RoutingTrace]]]) -> None:
-    for trajectory, blocks in noted:
-        check_content(trajectory, blocks)
 
 
 def needed_blocks(
@@ -89,10 +104,8 @@ def needed_blocks(
     if absent:
         raise RoutingError(f"{name(trajectory)}: the blocks of its record that came lack MoE layers {absent}")
     for block in needed:
-        try:
+        with _named(trajectory):
             block.validate_form(len(trajectory.tokens))
-        except RoutingError as error:
-            raise RoutingError(f"{name(trajectory)}: {error}") from error
     return needed
 
 
@@ -110,6 +123,14 @@ def _fit(block: tuple[int, ...], layers: tuple[int, ...]) -> bool:
 @lru_cache
 def _absent(layers: tuple[int, ...], blocks: tuple[tuple[int, ...], ...]) -> list[int]:
     return sorted(set(layers).difference(*blocks))
+
+
+@contextmanager
+def _named(trajectory: Trajectory) -> Iterator[None]:
+    try:
+        yield
+    except RoutingError as error:
+        raise RoutingError(f"{name(trajectory)}: {error}") from error
 
 
 def name(trajectory: Trajectory) -> str:

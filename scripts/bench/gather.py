@@ -96,6 +96,8 @@ def timed(way: Way, rank: int, device: torch.device, limit: int) -> float:
         number = -1
         while not stream.fill(number).last:
             number += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 

@@ -10,7 +10,6 @@ import pytest
 from r3.errors import RoutingError
 from r3.trainer.batching import Form, StepBatch, microbatch
 from r3.trainer.feed import MicroBatches, StepShare, largest_shape
-from r3.trainer.records import DeferredChecks
 from r3.types import Record
 from tests.unit.test_batching import SPEC, step_of, trajectory
 
@@ -93,6 +92,7 @@ def test_an_id_that_the_model_lacks_never_reaches_the_device(step: StepBatch) ->
         assert fed[1]
 
 
-def test_nothing_to_check_needs_no_thread() -> None:
-    with DeferredChecks() as checks:
-        checks.start()
+def test_nothing_to_check_is_nothing_wrong(step: StepBatch) -> None:
+    fed = MicroBatches(replace(step, records=(None, None, None)), SAMPLES, SPEC, Form())
+    with fed.checks:
+        assert [one.experts for one in fed] == [None, None, None]
