@@ -20,6 +20,8 @@ from scripts.bench.capture_table import RETURNING, WAYS, Load, Run
 # The default of `routing.block_layers`.
 BLOCK_LAYERS = 8
 TIMEOUT_S = 60.0
+# Longest wait for the requests of a run to be queued; they take a second or two.
+HOLD_S = 60.0
 SHAPE = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048,
     "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -86,23 +88,41 @@ class Bench:
         }
 
     def run(self, load: Load, way: str, requests: dict[str, Any]) -> Run:
-        """Answer the load once; where its routing is asked for, take, check and pack it as the rollout worker does."""
+        """Answer the load once; where its routing is asked for, take, check and pack it as the rollout worker does.
+
+        The clock starts when all requests wait in the scheduler, which plans its first pass then and not before.
+        """
         self.switch(way)
         self.flush()
         if load.cached:
             self.engine.generate(input_ids=requests["input_ids"], sampling_params={"max_new_tokens": 1})
         self.facts()
-        begin = time.perf_counter()
-        outputs = self.engine.generate(**requests, return_routed_experts=way in RETURNING)
-        run = Run(way, time.perf_counter() - begin)
+        called = time.perf_counter()
+        outputs = self._answers(len(load.prompts), **requests, return_routed_experts=way in RETURNING)
+        ended = time.perf_counter()
+        run = Run(way, 0.0, from_call=ended - called)
         if way in RETURNING:
             self._receive(run, outputs, requests["input_ids"])
         noted = self.facts()
+        run.seconds = ended - _release(noted[0], len(load.prompts))
         passes = noted[0]["passes"]
+        run.decodes = sum(1 for _, decoded in passes if decoded)
+        run.prefills = len(passes) - run.decodes
         run.gaps = [(b[0] - a[0], b[1]) for a, b in itertools.pairwise(passes) if a[1] and b[1]]
         run.pinned = tuple(int(rank["pinned"]) for rank in noted) if noted[0]["pinned"] is not None else ()
         self.owner.abandon()
         return run
+
+    def _answers(self, requests: int, **arguments: Any) -> Any:
+        """Generate, with no pass before all requests are queued; a hold that they never end is let go of."""
+        self.engine.collective_rpc("r3_bench_hold", requests=requests)
+        letting_go = self.engine.loop.call_later(
+            HOLD_S, lambda: self.engine.collective_rpc("r3_bench_hold", requests=0)
+        )
+        try:
+            return self.engine.generate(**arguments)
+        finally:
+            letting_go.cancel()
 
     def rows(self, output: dict[str, Any]) -> np.ndarray[Any, Any]:
         """Return an answer's rows `[rows, layers, k]` without a check."""
@@ -181,6 +201,17 @@ class Bench:
             ],
             BLOCK_LAYERS,
         )  # fmt: skip
+
+
+def _release(noted: dict[str, Any], requests: int) -> float:
+    """Return when the last request had come; raise `RuntimeError` where the scheduler did not wait for it."""
+    released: float | None = noted["released"]
+    if released is None:
+        raise RuntimeError(
+            f"{noted['queued']} of {requests} requests waited in the scheduler after {HOLD_S:.0f} s, so the passes of "
+            "this run are not those of the others; see the engine's log for requests that it refused"
+        )
+    return released
 
 
 def _announce_plugin(folder: Path) -> None:

@@ -4,6 +4,9 @@ Ways are switched at run time, while the engine is idle: `off` (no capturer, and
 one), `stock` (SGLang's own code throughout), `ours` (the plugin `r3_provenance` as it ships), `tee` (both, from the
 same passes). `tee` gives SGLang's own buffer a copy of the ids, as 0.5.23 does; `tee_raw` leaves it what 0.5.17 hands
 on, a view of the buffer that the next pass writes.
+
+It also holds the scheduler back until all requests of a run wait: which of them had arrived when a pass was formed
+would otherwise be chance, and every later pass would follow from it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ from r3.rollout.sglang_plugin.rows import RowStore, narrowed
 
 _WAY, _FLAT = "bench_way", "bench_flat"
 _TEES = ("tee", "tee_raw")
-_EXTRA = (Point("sglang.srt.state_capturer.base.TopkCaptureOutput.map_device_tensors", "map_tensors", ("self", "fn")),)
+_EXTRA = (
+    Point("sglang.srt.state_capturer.base.TopkCaptureOutput.map_device_tensors", "map_tensors", ("self", "fn")),
+    Point("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", "plan_prefill", ("self", "running_batch")),
+)
 
 
 class Ways(product.Hooks):
@@ -33,6 +39,8 @@ class Ways(product.Hooks):
         self.ours: RowStore | None = None
         self.cache: Any = None
         self.passes: list[tuple[float, int]] = []
+        self.awaited = self.queued = 0
+        self.released: float | None = None
         self.runners: dict[bool, Any] = {}
         self.capturer: Any = None
         self.ways_returns: Any = None
@@ -124,6 +132,27 @@ class Ways(product.Hooks):
             return original(scheduler, *args, **kw)
         return super().run_batch(original, scheduler, *args, **kw)
 
+    def hold(self, requests: int) -> None:
+        """Plan no prompts until so many requests wait; 0 lets go of a hold that nothing else has ended."""
+        self.awaited = requests
+        if requests:
+            self.queued, self.released = 0, None
+
+    def plan_prefill(self, original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+        """Plan nothing while a hold waits for requests; note when the last of them had come.
+
+        The decision is made of the number in the queue alone, which all ranks of a tensor parallel group have in
+        common; a clock of each would let them go apart.
+        """
+        if self.awaited:
+            self.queued = len(scheduler.waiting_queue)
+            if self.queued < self.awaited:
+                from sglang.srt.managers.schedule_batch import NextBatchPlan
+
+                return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+            self.awaited, self.released = 0, time.perf_counter()
+        return original(scheduler, running_batch)
+
     def process_result(self, original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
         """Note when the result of a pass was taken, and for how many requests."""
         outcome = super().process_result(original, processor, batch, result)
@@ -174,6 +203,9 @@ class Ways(product.Hooks):
     def facts(self, path: str) -> None:
         """Write what was seen since the last call, and sizes of buffers, to a file: control calls return nothing.
 
+        `passes`: when each was taken (`time.perf_counter`, one clock for all processes of a Linux host), and for how
+        many requests it decoded, 0 for a pass over prompts. `released`: when the last hold had all its requests, null
+        where it was let go without them; `queued`: how many it had seen.
         `pinned`: bytes of pinned memory in use at most, without SGLang's int32 rows, which are there in every way of
         this engine.
         """
@@ -182,10 +214,12 @@ class Ways(product.Hooks):
         buffer = self.cache.buffer
         found = {
             "passes": passes,
+            "released": self.released,
+            "queued": self.queued,
             "slots": int(self.cache.num_tokens),
             "stock_bytes": int(buffer.numel() * buffer.element_size()),
             "stock_pinned": bool(buffer.is_pinned()) if _has_cuda() else False,
-            "our_bytes": int(self.ours.rows.nbytes),
+            "ours_bytes": int(self.ours.rows.nbytes),
             "pinned": _pinned_beside(buffer) if _has_cuda() else None,
         }
         Path(f"{path}.{_rank()}").write_text(json.dumps(found))
@@ -230,7 +264,7 @@ def register() -> None:
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    reason = unfit(sglang.__version__)
+    reason = unfit(sglang.__version__, (*POINTS, *_EXTRA))
     if reason is not None:
         raise RuntimeError(reason)
     ways = Ways()
@@ -239,4 +273,5 @@ def register() -> None:
             continue
         HookRegistry.register(point.target, getattr(ways, point.hook), HookType.AROUND)
     scheduler.Scheduler.r3_bench_way = lambda self, way, path: ways.switch_way(self, way, path)
+    scheduler.Scheduler.r3_bench_hold = lambda self, requests: ways.hold(requests)
     scheduler.Scheduler.r3_bench_facts = lambda self, path: ways.facts(path)

@@ -8,6 +8,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Load:
     def tokens(self) -> int:
         return sum(self.outputs)
 
+    @property
+    def is_crowd(self) -> bool:
+        """Is it more than one request?"""
+        return len(self.prompts) > 1
+
     def short(self) -> Load:
         """The load of a warm-up: a part of the requests, the first passes of each."""
         part = slice(64)
@@ -50,11 +56,12 @@ class Load:
 
 @dataclass(slots=True)
 class Run:
-    """One run of a load in one way. Seconds: `seconds` from prompts to the last answer, then `wait` until the rows of
-    all answers were written, `decode` until they are arrays, `checks` (and stamps), `pack` into the blocks of a batch.
+    """One run of a load in one way. Seconds: `seconds` from the moment when all its requests waited in the scheduler to
+    the last answer, then `wait` until the rows of all answers were written, `decode` until they are arrays, `checks`
+    (and stamps), `pack` into the blocks of a batch; `from_call` is `seconds` with the sending of the requests.
 
-    `gaps`: between passes of decoding as the scheduler took their results, weighted by requests; `pinned`: bytes of
-    pinned memory that each rank used at most.
+    `prefills`, `decodes`: passes over prompts and passes of decoding. `gaps`: between passes of decoding as the
+    scheduler took their results, weighted by requests; `pinned`: bytes of pinned memory that each rank used at most.
     """
 
     way: str
@@ -63,22 +70,33 @@ class Run:
     decode: float = 0.0
     checks: float = 0.0
     pack: float = 0.0
+    from_call: float = 0.0
+    prefills: int = 0
+    decodes: int = 0
     gaps: list[tuple[float, int]] = field(default_factory=list)
     pinned: tuple[int, ...] = ()
 
     @property
     def ready(self) -> float:
-        """From the prompts to the batch that Ray takes."""
+        """From the queued prompts to the batch that Ray takes."""
         return self.seconds + self.wait + self.decode + self.checks + self.pack
 
     @property
+    def p50(self) -> float:
+        """Median of a token's wait for its successor, in ms; 0 without a pair of passes."""
+        return self._waited(0.5)
+
+    @property
     def p99(self) -> float:
-        """99th percentile of a token's wait for its successor, in ms; 0 without a pair of passes."""
+        """99th percentile of the same."""
+        return self._waited(0.99)
+
+    def _waited(self, share: float) -> float:
         if not self.gaps:
             return 0.0
         gaps, weights = np.array(self.gaps).T
         order = np.argsort(gaps)
-        at = np.searchsorted(np.cumsum(weights[order]), 0.99 * weights.sum())
+        at = np.searchsorted(np.cumsum(weights[order]), share * weights.sum())
         return 1e3 * float(gaps[order][min(int(at), len(gaps) - 1)])
 
 
@@ -118,9 +136,13 @@ def rows_of(load: Load, rounds: Sequence[Round]) -> list[Row]:
         name = f"{load.name}, {way}"
         speed = statistics.median(load.tokens / run.seconds for run in runs)
         rows += _against(name, speed, "tokens/s", rounds, way, lambda run: 1 / run.seconds)
-        if all(run.p99 for run in runs):
-            middle = statistics.median(run.p99 for run in runs)
-            rows += _against(f"{name}, p99 between tokens", middle, "ms", rounds, way, lambda run: run.p99)
+        if all(run.gaps for run in runs):
+            for key, what in (("p50", "median"), ("p99", "p99")):
+                waited = attrgetter(key)
+                middle = statistics.median(map(waited, runs))
+                rows += _against(f"{name}, {what} between tokens", middle, "ms", rounds, way, waited)
+        for key, what in (("prefills", "passes over prompts"), ("decodes", "passes of decoding")):
+            rows.append(row(f"{name}, {what}", statistics.median(map(attrgetter(key), runs)), "passes"))
         if way in RETURNING:
             rows += _client_rows(name, rounds, way, runs)
         if runs[0].pinned:
@@ -128,7 +150,32 @@ def rows_of(load: Load, rounds: Sequence[Round]) -> list[Row]:
                 row(f"{name}, pinned beside the slot rows, rank {rank}", max(run.pinned[rank] for run in runs), "bytes")
                 for rank in range(len(runs[0].pinned))
             ]
-    return [*rows, row(f"{load.name}, pairs", min(_pairs(rounds).values(), default=0), "pairs")]
+    alike = sum(len(passes_of(found)) == 1 for found in rounds)
+    return [
+        *rows,
+        row(f"{load.name}, pairs", min(_pairs(rounds).values(), default=0), "pairs"),
+        row(f"{load.name}, pairs in which every way made the same passes", alike, "count"),
+    ]
+
+
+def passes_of(runs: Round) -> dict[tuple[int, int], list[str]]:
+    """Return which ways of a round made how many passes over prompts and of decoding; one entry if all are alike."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for way, run in runs.items():
+        found.setdefault((run.prefills, run.decodes), []).append(way)
+    return found
+
+
+def line_of(load: Load, number: int, runs: Round, longest: float) -> str:
+    """Return what is printed of a round; whether its ways made the same passes decides what their ratio means."""
+    speeds = ", ".join(f"{way} {load.tokens / run.seconds:.0f}" for way, run in runs.items())
+    passes = passes_of(runs)
+    counts = [f"{prefills} + {decodes} passes" for prefills, decodes in passes]
+    shown = counts[0]
+    if len(passes) > 1:
+        each = (f"{count} ({', '.join(ways)})" for count, ways in zip(counts, passes.values(), strict=True))
+        shown = f"PASSES DIFFER: {'; '.join(each)}"
+    return f"{load.name}, pair {number}: {speeds} tokens/s, {shown}, {longest:.0f} s a round"
 
 
 def _client_rows(name: str, rounds: Sequence[Round], way: str, runs: Sequence[Run]) -> list[Row]:
@@ -164,11 +211,11 @@ def _pairs(rounds: Sequence[Round]) -> dict[str, int]:
     return {way: sum(way in found for found in rounds) for way in WAYS if any(way in found for found in rounds)}
 
 
-def raw_of(rounds: Sequence[Round]) -> list[dict[str, list[float]]]:
-    """Return every run as `[seconds, p99, wait, decode, checks, pack]`."""
+def raw_of(rounds: Sequence[Round]) -> list[dict[str, dict[str, float]]]:
+    """Return the numbers of every run; `p50` and `p99` in ms, `prefills` and `decodes` in passes, the others in s."""
+    names = ("seconds", "from_call", "prefills", "decodes", "p50", "p99", "wait", "decode", "checks", "pack")
     return [
-        {w: [round(v, 6) for v in (r.seconds, r.p99, r.wait, r.decode, r.checks, r.pack)] for w, r in found.items()}
-        for found in rounds
+        {way: {name: round(getattr(run, name), 6) for name in names} for way, run in found.items()} for found in rounds
     ]
 
 
@@ -187,10 +234,25 @@ def earlier_runs(target: Path) -> list[Mapping[str, Any]]:
 
 
 def _compact(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One line per row: people read the differences of this file."""
+    """One line per row and per run: people read the differences of this file."""
     blocks = []
     for run in runs:
-        parts = [f'"{key}": {json.dumps(value)}' for key, value in run.items() if key != "rows"]
+        parts = [
+            f'"{key}": {_compact_raw(value) if key == "raw" else json.dumps(value)}'
+            for key, value in run.items()
+            if key != "rows"
+        ]
         rows = ",\n".join(f"  {json.dumps(found)}" for found in run["rows"])
         blocks.append("{" + ",\n ".join([*parts, f'"rows": [\n{rows}\n ]']) + "}")
     return '{"runs": [\n' + ",\n".join(blocks) + "\n]}\n"
+
+
+def _compact_raw(raw: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    loads = []
+    for name, rounds in raw.items():
+        shown = ",\n".join(
+            "  {" + ",\n   ".join(f'"{way}": {json.dumps(values)}' for way, values in found.items()) + "}"
+            for found in rounds
+        )
+        loads.append(f"{json.dumps(name)}: [\n{shown}]")
+    return "{" + ",\n  ".join(loads) + "}"

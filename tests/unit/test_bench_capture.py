@@ -1,17 +1,23 @@
-"""The table of `scripts/bench/capture.py`: its pairs and intervals, and what a run that is killed leaves behind."""
+"""`scripts/bench/capture.py` without an engine: pairs and intervals, what a run that is killed leaves behind, and how
+the scheduler is held back.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from scripts.bench import capture
-from scripts.bench.capture_table import WAYS, Load, Run, interval, order_of, rows_of
+from r3.rollout.sglang_plugin.rows import RowStore
+from scripts.bench import capture, capture_plugin
+from scripts.bench.capture_engine import _release
+from scripts.bench.capture_table import WAYS, Load, Run, interval, line_of, order_of, rows_of
 
 LOAD = Load("a load", (4, 4), (10, 30))
 
@@ -70,6 +76,84 @@ def test_what_the_client_spends_is_told_apart() -> None:
     )
 
 
+def test_passes_are_counted_and_a_pair_that_differs_in_them_is_marked() -> None:
+    gaps = [(0.01, 64)] * 60 + [(0.02, 64)] * 40
+    alike = {way: Run(way, 1.0, prefills=3, decodes=30, gaps=gaps) for way in WAYS}
+    slower = {**alike, "ours": Run("ours", 1.0, prefills=4, decodes=31, gaps=[(0.02, 64)] * 9)}
+    rows = rows_of(LOAD, [alike, slower, alike])
+    assert found(rows, "a load, ours, passes over prompts", "")["value"] == 3
+    assert found(rows, "a load, off, passes of decoding", "")["value"] == 30
+    assert found(rows, "a load, pairs in which every way made the same passes", "")["value"] == 2
+    row = found(rows, "a load, ours, median between tokens", "off")
+    assert (row["value"], row["ratio"], len(row["ci95"])) == (10, round(2 ** (1 / 3), 6), 2)
+    assert line_of(LOAD, 1, alike, 4.0).endswith("ours 40 tokens/s, 3 + 30 passes, 4 s a round")
+    assert "PASSES DIFFER: 3 + 30 passes (off, on, stock); 4 + 31 passes (ours)" in line_of(LOAD, 2, slower, 4.0)
+
+
+def test_the_file_has_a_line_for_every_run(tmp_path: Path) -> None:
+    raw = {"a load": capture.raw_of([one_round(1, 2, 3, 4), one_round(5, 6, 7, 8)])}
+    older = {"raw": {"a load": [{"off": [1.0, 2.0]}]}, "rows": []}
+    capture.save(tmp_path / "found.json", [older], {"raw": raw, "rows": []})
+    lines = (tmp_path / "found.json").read_text().splitlines()
+    assert sum('"seconds"' in line for line in lines) == 8
+    assert capture.earlier_runs(tmp_path / "found.json") == [older, {"raw": raw, "rows": []}]
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A scheduler with an empty queue; `plan` is what SGLang's hooked method returns for it."""
+    module = SimpleNamespace(NextBatchPlan=lambda **fields: fields)
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.schedule_batch", module)
+    ways, queue = capture_plugin.Ways(), SimpleNamespace(waiting_queue=[])
+    return SimpleNamespace(
+        ways=ways,
+        queue=queue.waiting_queue,
+        plan=lambda: ways.plan_prefill(lambda scheduler, batch: "planned", queue, "running"),
+    )
+
+
+def test_no_pass_is_planned_before_all_requests_of_a_run_wait(scheduler: Any) -> None:
+    assert scheduler.plan() == "planned"
+    scheduler.ways.hold(2)
+    held = {"batch_to_run": None, "running_batch": "running"}
+    assert scheduler.plan() == held
+    scheduler.queue.append("first")
+    assert scheduler.plan() == held
+    assert scheduler.ways.released is None
+    scheduler.queue.append("second")
+    assert scheduler.plan() == "planned"
+    assert scheduler.ways.released is not None
+    # What comes later is not held, and the limit of a hold that has ended changes nothing.
+    scheduler.queue.clear()
+    scheduler.ways.hold(0)
+    assert scheduler.plan() == "planned"
+    assert scheduler.ways.released is not None
+
+
+def test_a_hold_that_is_let_go_of_ends_the_benchmark(scheduler: Any) -> None:
+    scheduler.ways.hold(2)
+    scheduler.queue.append("first")
+    scheduler.plan()
+    scheduler.ways.hold(0)
+    assert scheduler.plan() == "planned"
+    with pytest.raises(RuntimeError, match="1 of 2 requests"):
+        _release({"released": scheduler.ways.released, "queued": scheduler.ways.queued}, 2)
+
+
+def test_sizes_are_read_from_what_the_plugin_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_plugin, "_rank", lambda: 0)
+    monkeypatch.setattr(capture_plugin, "_has_cuda", lambda: False)
+    ways = capture_plugin.Ways()
+    ways.cache = SimpleNamespace(num_tokens=10, buffer=SimpleNamespace(numel=lambda: 60, element_size=lambda: 4))
+    ways.ours = RowStore(10, 3, 2, 16)
+    ways.facts(str(tmp_path / "facts"))
+    facts = json.loads((tmp_path / "facts.0").read_text())
+    rows = capture.sizes(SimpleNamespace(facts=lambda: [facts]))
+    assert found(rows, "slot rows in ordinary memory, ours, rank 0", "")["value"] == 60
+    assert found(rows, "slot rows, stock, per million KV slots, rank 0", "")["value"] == round(24e6 / 2**30, 6)
+    assert found(rows, "slot rows, ours, per million KV slots, rank 0", "")["value"] == round(6e6 / 2**30, 6)
+
+
 class Killed(Exception):
     """What ends the benchmark in its third round."""
 
@@ -100,8 +184,9 @@ def options_of(*arguments: str) -> Any:
 def test_a_killed_run_keeps_every_pair_that_it_measured(tmp_path: Path) -> None:
     options = options_of("--pairs", "5", "--target", str(tmp_path / "found.json"))
     table: dict[str, Any] = {"environment": {"tp": 1}, "raw": {}, "rows": []}
-    # Warm-up and five rounds of the first load, warm-up and two rounds of the second, two ways of its third.
-    bench = MadeUpBench(dies_at=6 * 4 + 3 * 4 + 2)
+    # Warm-up and five rounds of the first load; warm-up, a run that is not counted and two rounds of the second, two
+    # ways of its third.
+    bench = MadeUpBench(dies_at=6 * 4 + (1 + 3 * 4) + 2)
     with pytest.raises(Killed):
         capture.measure(
             bench, capture.loads_of(options), options, table, lambda: capture.save(options.target, [], table)
@@ -120,7 +205,8 @@ def test_a_load_ends_when_another_round_would_not_fit(monkeypatch: pytest.Monkey
     bench, noted = MadeUpBench(), []
     capture.race(bench, LOAD, until=9.0, pairs=99, note=lambda rounds: noted.append(len(rounds)))
     # A round is two readings of the clock apart, and one is read before each.
-    assert len(bench.order) == 4 + 4 * max(noted)
+    assert len(bench.order) == 4 + 1 + 4 * max(noted)
+    assert bench.order[4] == ("a load", "ours")
     assert 2 <= max(noted) <= 4
 
 
@@ -130,4 +216,4 @@ def test_the_command_line_is_checked(capsys: pytest.CaptureFixture[str]) -> None
     assert "NAME=SECONDS" in capsys.readouterr().err
     plan = capture.plan_of("batch", 300, capture.loads_of(options_of())["batch"], options_of())
     assert "32768 tokens a run" in plan
-    assert "6.0 pairs fit" in plan
+    assert "5.7 pairs fit" in plan  # one run is not counted
