@@ -3,6 +3,9 @@
 The reference goes on with the recorded experts (`reference.forward(..., forced=)`), so a row differs from its choice by
 the rounding of that layer's scores alone, not by what other experts in earlier layers and at earlier tokens made of
 the hidden states. Its choice is *clear* where the last chosen expert leads the first one left out by more than that.
+Two forwards of Hugging Face on a CPU, bfloat16 and float32, 1,119,360 rows of the model of `tests/gpu`: 385,746 clear
+at 0.02, none of them different; at a lead of 0.1 in the scores 10 of 769,650 differed, at 0.15 none. With a reference
+that goes its own way 3,277 of 595,592 clear ones differed at 0.02.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Probability.
 CLEAR = 0.02
 MIN_SAME, MIN_CLEAR, MAX_WRONG = 0.9, 0.15, 0.001
 
