@@ -47,7 +47,7 @@ class Sigterm:
 
     def name(self, error: BaseException) -> str:
         """Return `error` in words; what Ray or anything else made of a SIGTERM is named after that as well."""
-        said = f"{type(error).__name__}: {error}"
+        said = ": ".join(filter(None, (type(error).__name__, str(error))))
         return f"Terminated: {said}" if self.exit_code(error) == 143 and not isinstance(error, Terminated) else said
 
 
