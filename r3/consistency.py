@@ -21,7 +21,8 @@ LEVEL = 0.95
 MIN_CLUSTERS = 8
 # What is summed: over tokens, then over sequences.
 _FEATURES = ("tokens", "-d", "k3", "abs", ">1.2", ">1.5", ">2", "rho", "rho2", "sequences", "w", "w2")
-_CHUNK = 256
+# Weights held at a time, at 16 bytes each.
+_HELD = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,17 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Sums of one variant: `total` `[features]` over all clusters, and `resamples` `[resamples, features]`.
+
+    `resamples`: over clusters drawn with replacement; None with too few clusters.
+    """
+
+    total: Floats
+    resamples: Floats | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,40 +116,53 @@ def disagreement_of(sums: Floats) -> dict[str, Floats]:
     }
 
 
-def resampled(sums: Floats, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
-    """Return `[resamples, features]` sums over clusters drawn with replacement from `sums` `[clusters, features]`.
+def draw(tables: Mapping[str, Floats], seed: int = 0) -> dict[str, Drawn]:
+    """Return each variant's sums, from its cluster sums `[clusters, features]`.
 
-    The same `seed` draws the same clusters, so that two variants of the same answers are compared in pairs.
+    The same `seed` draws the same clusters of tables of one length, so that variants of the same answers are compared
+    in pairs; they share one draw, which is what takes the time.
     """
+    found = {key: Drawn(sums.sum(0), None) for key, sums in tables.items()}
+    for clusters in {len(sums) for sums in tables.values()}:
+        if clusters < MIN_CLUSTERS:
+            continue
+        keys = [key for key, sums in tables.items() if len(sums) == clusters]
+        widths = [tables[key].shape[1] for key in keys]
+        drawn = _resampled(np.concatenate([tables[key] for key in keys], 1), seed)
+        for key, part in zip(keys, np.split(drawn, np.cumsum(widths)[:-1], axis=1), strict=True):
+            found[key] = Drawn(found[key].total, part)
+    return found
+
+
+def _resampled(sums: Floats, seed: int) -> Floats:
     generator, n = np.random.default_rng(seed), len(sums)
-    parts = []
-    for begin in range(0, resamples, _CHUNK):
-        weights = generator.multinomial(n, np.full(n, 1 / n), size=min(_CHUNK, resamples - begin))
+    chunk, parts = max(1, _HELD // n), []
+    for begin in range(0, RESAMPLES, chunk):
+        weights = generator.multinomial(n, np.full(n, 1 / n), size=min(chunk, RESAMPLES - begin))
         parts.append(weights @ sums)
     return np.concatenate(parts)
 
 
-def estimates(sums: Floats, formula: Callable[[Floats], Mapping[str, Floats]]) -> dict[str, Estimate]:
+def estimates(drawn: Drawn, formula: Callable[[Floats], Mapping[str, Floats]]) -> dict[str, Estimate]:
     """Return the values of `formula` over all clusters, each with its interval."""
-    values = formula(sums.sum(0))
-    if len(sums) < MIN_CLUSTERS:
+    values = formula(drawn.total)
+    if drawn.resamples is None:
         return {key: Estimate(float(value)) for key, value in values.items()}
-    drawn = formula(resampled(sums))
-    return {key: _interval(float(value), drawn[key]) for key, value in values.items()}
+    others = formula(drawn.resamples)
+    return {key: _interval(float(value), others[key]) for key, value in values.items()}
 
 
-def factor(above: Floats, below: Floats, key: str, *, paired: bool) -> Estimate | None:
+def factor(above: Drawn, below: Drawn, key: str) -> Estimate | None:
     """Return the ratio of column `key` of two variants, with its interval; None where the divisor is 0.
 
-    `above`, `below`: cluster sums; `paired`: of the same answers, else of independent ones.
+    Variants of the same answers are to be of one `draw`, independent ones of draws of different seeds.
     """
-    top, bottom = (float(mismatch_of(sums.sum(0))[key]) for sums in (above, below))
+    top, bottom = (float(mismatch_of(drawn.total)[key]) for drawn in (above, below))
     if bottom == 0:
         return None
-    if min(len(above), len(below)) < MIN_CLUSTERS:
+    if above.resamples is None or below.resamples is None:
         return Estimate(top / bottom)
-    drawn_top = mismatch_of(resampled(above))[key]
-    drawn_bottom = mismatch_of(resampled(below, seed=0 if paired else 1))[key]
+    drawn_top, drawn_bottom = (mismatch_of(sums)[key] for sums in (above.resamples, below.resamples))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = drawn_top / drawn_bottom
     # A resample without a single event below has no ratio: the upper end is then unbounded.

@@ -23,7 +23,7 @@ import numpy as np
 from r3._identity import require_own_packages
 from r3.checkpoint import replace_text
 from r3.config import Config, load_config
-from r3.consistency import Estimate, Row, factor, markdown
+from r3.consistency import Estimate, Row, draw, factor, markdown
 from r3.errors import ConfigError, R3Error
 
 if TYPE_CHECKING:
@@ -229,12 +229,13 @@ def _rows(studies: dict[str, Study]) -> Iterator[Row]:
 
 
 def _factors(studies: dict[str, Study]) -> Iterator[tuple[str, Estimate | None]]:
-    sums = {key: found.all_sums() for key, found in studies["moe"].found.items() if key in ("native", "r3")}
+    drawn = {key: found for key, found in studies["moe"].drawn.items() if key in ("native", "r3")}
     if "dense" in studies:
-        sums["dense"] = studies["dense"].found["native"].all_sums()
+        # Other answers, so another draw.
+        drawn |= draw({"dense": studies["dense"].found["native"].all_sums()}, seed=1)
     for column, above, below, name in _FACTORS:
-        if above in sums and below in sums:
-            yield name, factor(sums[above], sums[below], column, paired=below != "dense")
+        if above in drawn and below in drawn:
+            yield name, factor(drawn[above], drawn[below], column)
 
 
 def _summary(rows: Sequence[Row], ratios: dict[str, Estimate | None]) -> Iterator[str]:

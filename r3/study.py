@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from r3 import controls
 from r3.audit import find_alarms
 from r3.config import Config
-from r3.consistency import Row, cluster_sums, counted, disagreement_of, estimates, mismatch_of, pass_sums
+from r3.consistency import Drawn, Row, cluster_sums, counted, disagreement_of, draw, estimates, mismatch_of, pass_sums
 from r3.errors import DivergenceError
 from r3.metrics import Floats
 from r3.rollout.pool import RolloutPool
@@ -69,20 +70,19 @@ class Collected:
         """Return k3 over every round, nats."""
         return float(mismatch_of(self.all_sums().sum(0))["k3"])
 
-    def row(self, variant: Variant, *, disagrees: bool, alarm_k3: float) -> Row:
+    def row(self, variant: Variant, drawn: Drawn, *, disagrees: bool, alarm_k3: float) -> Row:
         """Return the line of the table; `disagrees`: the pass compared routing; `alarm_k3`: nats."""
-        sums = self.all_sums()
-        values = estimates(sums, mismatch_of)
+        values = estimates(drawn, mismatch_of)
         if disagrees:
-            values |= estimates(np.stack(self.passes), disagreement_of)
-        tokens, sequences = counted(sums)
+            values |= estimates(draw({"passes": np.stack(self.passes)})["passes"], disagreement_of)
+        tokens, sequences = counted(self.all_sums())
         alarms = self.alarms | ({"k3"} if self.k3() > alarm_k3 else set())
         return Row(
             variant.key, variant.name, tokens, sequences, values, tuple(sorted(alarms)) if variant.control else None
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for the cached property
 class Study:
     """Everything measured of one model so far.
 
@@ -97,10 +97,17 @@ class Study:
     alarm_k3: float
     facts: Mapping[str, object]
 
+    @cached_property
+    def drawn(self) -> dict[str, Drawn]:
+        """The sums of every variant; all rows and factors come from this one draw."""
+        return draw({variant.key: self.found[variant.key].all_sums() for variant in self.variants})
+
     def rows(self) -> Iterator[Row]:
         """Yield the lines of the table."""
         for variant in self.variants:
-            yield self.found[variant.key].row(variant, disagrees=self.compared, alarm_k3=self.alarm_k3)
+            yield self.found[variant.key].row(
+                variant, self.drawn[variant.key], disagrees=self.compared, alarm_k3=self.alarm_k3
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from r3._identity import require_own_packages
 from r3.checkpoint import FOLDER, Checkpoint, CheckpointStore, find, run_lock, run_of
 from r3.config import Config, describe, load_config, run_directory
 from r3.errors import CheckpointError, ConfigError, R3Error
+from r3.interrupt import Sigterm
 from r3.run import RESOLVED, RunDirectory, read_rows, require_unused
 from r3.summary import summarise
 
@@ -26,10 +25,6 @@ EPILOG = (
     "exit codes: 0 done, 2 usage or config, 3 routing, 4 engine or cluster, 5 checkpoint, 6 diverged, "
     "130/143 interrupted"
 )
-
-
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that every actor is closed on the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +40,20 @@ class Job:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    options = _options(arguments)
+    options, sigterm = _options(arguments), Sigterm()
     try:
         require_own_packages()
         if options.dry_run:
             return _dry_run(_config(options))
-        with _sigterm_as_exception():
-            return _run(_job(options))
-    except R3Error as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return 130
-    except Terminated:
-        return 143
+        with sigterm.raised():
+            return _run(_job(options), sigterm)
+    except BaseException as error:
+        code = sigterm.exit_code(error)
+        if isinstance(error, R3Error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif code < 128:
+            raise
+        return code
 
 
 def _dry_run(config: Config) -> int:
@@ -106,7 +102,7 @@ def _newest_run(config: Config) -> Path:
     return found[-1].parent
 
 
-def _run(job: Job) -> int:
+def _run(job: Job, sigterm: Sigterm) -> int:
     """Train and leave `status.json` with the outcome, whatever it is."""
     if job.resume is not None and not (job.run / RESOLVED).is_file():
         raise CheckpointError(f"--resume {job.resume}: no run there ({job.run / RESOLVED} is missing)")
@@ -123,26 +119,24 @@ def _run(job: Job) -> int:
             print(f"resuming after step {checkpoint.state.step} from {checkpoint.path}", flush=True)
             print("".join(f"left behind {path}\n" for path in hidden), end="", flush=True)
         print(f"run directory {run.path}", flush=True)
-        with _outcome(run):
-            _train(job.config, run, checkpoint)
+        with _outcome(run, sigterm):
+            _train(job.config, run, checkpoint, sigterm)
         run.write_status("done", exit_code=0, step=job.config.run.steps)
     return 0
 
 
 @contextmanager
-def _outcome(run: RunDirectory) -> Iterator[None]:
+def _outcome(run: RunDirectory, sigterm: Sigterm) -> Iterator[None]:
     """Record how the work inside failed, if it does."""
     try:
         yield
     except BaseException as error:
-        code = {KeyboardInterrupt: 130, Terminated: 143}.get(type(error), getattr(error, "exit_code", 1))
-        run.write_status(
-            "interrupted" if code > 128 else "failed", exit_code=code, error=f"{type(error).__name__}: {error}"
-        )
+        code = sigterm.exit_code(error)
+        run.write_status("interrupted" if code > 128 else "failed", exit_code=code, error=sigterm.name(error))
         raise
 
 
-def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> None:
+def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None, sigterm: Sigterm) -> None:
     # Imported here: `--help`, `--dry-run` and every mistake in the configuration answer without torch, Ray or SGLang.
     from r3.builtin import resolve_model
     from r3.preflight import check, check_installed
@@ -165,7 +159,7 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> 
     code = 1
     try:
         # `ray.init` puts a handler of its own in the place of ours.
-        with ray_cluster(config) as places, _sigterm_as_exception():
+        with ray_cluster(config) as places, sigterm.raised():
             print(
                 f"starting {config.rollout.workers} rollout and {config.trainer.processes} trainer actors", flush=True
             )
@@ -173,7 +167,7 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None) -> 
                 RolloutPool(config, model, on_event=run.log_event, place=places.rollout) as pool,
                 TrainerGroup(config, model, place=places.trainer) as trainers,
                 # Here too, before anything is closed: `ray job stop` kills the driver seconds after SIGTERM.
-                _outcome(run),
+                _outcome(run, sigterm),
                 WeightSync(config, pool, trainers, run.log_event) as weights,
             ):
                 engines = pool.describe_engines()
@@ -197,25 +191,6 @@ def _close(run: RunDirectory) -> None:
     print("\n".join(f"  {line.name:<{width}}  {line.value}" for line in lines), flush=True)
     draw_curves(rows, run.curves, final_eval)
     print(f"trained model {run.hf}\ncurves {run.curves}", flush=True)
-
-
-def _fail(error: R3Error) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return error.exit_code
-
-
-@contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
-    def raise_terminated(number: int, frame: FrameType | None) -> None:
-        # A second signal must not interrupt the clean-up that the first one started.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

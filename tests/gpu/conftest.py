@@ -23,11 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random checkpoint whose shapes SGLang's prebuilt kernels take: head_dim 64, KV rows of 256 bytes."""
-    from tests.megatron.toys import write_model
+    """A random checkpoint whose shapes SGLang's prebuilt kernels take."""
+    from tests.megatron.toys import SIZES_FOR_KERNELS, write_model
 
-    sizes = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "intermediate_size": 512}
-    return write_model(tmp_path_factory.mktemp("models") / "small", **sizes)
+    return write_model(tmp_path_factory.mktemp("models") / "small", **SIZES_FOR_KERNELS)
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from r3.types import Batch, ModelSpec, Trajectory
 from tests.tiny_model import CONFIG, write_files
 
 VOCAB = 320
+# Shapes that SGLang's prebuilt kernels take: head_dim 64, KV rows of 256 bytes.
+SIZES_FOR_KERNELS = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "intermediate_size": 512}
 # Megatron-core 0.19.2 sorts the top-k only where gradients are on: a recomputed forward pass adds in another order.
 BITS_UNDER_RECOMPUTE = version("megatron-core").startswith("0.16.")
 

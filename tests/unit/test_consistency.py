@@ -54,10 +54,13 @@ def test_clusters_widen_the_interval_to_what_they_are_worth():
     # 200 prompts with ten equal answers each: ten times the tokens, not a bit more of information.
     draws = np.random.default_rng(0).normal(0, 1, 200)
     d, ones = np.repeat(draws, 10), np.ones(2000, np.int64)
-    by_prompt = consistency.estimates(
-        consistency.cluster_sums(d, ones, np.repeat(np.arange(200), 10)), consistency.mismatch_of
-    )["k1"]
-    by_answer = consistency.estimates(consistency.cluster_sums(d, ones, np.arange(2000)), consistency.mismatch_of)["k1"]
+    drawn = consistency.draw(
+        {
+            "prompt": consistency.cluster_sums(d, ones, np.repeat(np.arange(200), 10)),
+            "answer": consistency.cluster_sums(d, ones, np.arange(2000)),
+        }
+    )
+    by_prompt, by_answer = (consistency.estimates(drawn[key], consistency.mismatch_of)["k1"] for key in drawn)
     assert by_prompt.low is not None
     assert by_prompt.high is not None
     assert by_answer.low is not None
@@ -69,16 +72,28 @@ def test_clusters_widen_the_interval_to_what_they_are_worth():
 
 def test_few_clusters_have_no_interval():
     sums = consistency.cluster_sums(np.ones(4), np.ones(4, np.int64), np.arange(4))
-    assert consistency.estimates(sums, consistency.mismatch_of)["k1"] == Estimate(-1.0)
+    assert consistency.estimates(consistency.draw({"": sums})[""], consistency.mismatch_of)["k1"] == Estimate(-1.0)
+
+
+def test_a_draw_is_that_of_each_table_alone_and_of_any_chunk(monkeypatch):
+    generator = np.random.default_rng(2)
+    tables = {"a": generator.random((50, 3)), "b": generator.random((50, 2)), "c": generator.random((9, 2))}
+    together = consistency.draw(tables)
+    weights = np.random.default_rng(0).multinomial(50, np.full(50, 1 / 50), size=consistency.RESAMPLES)
+    monkeypatch.setattr(consistency, "_HELD", 50 * 7)
+    for key, sums in tables.items():
+        assert consistency.draw({key: sums})[key].resamples == pytest.approx(together[key].resamples, rel=1e-12)
+    assert together["b"].resamples == pytest.approx(weights @ tables["b"], rel=1e-12)
 
 
 def test_a_paired_factor_is_sharper_than_an_unpaired_one():
     generator = np.random.default_rng(1)
     d = generator.normal(0, 1, 400) * generator.exponential(1, 400)
     ones, clusters = np.ones(400, np.int64), np.arange(400)
-    twice, once = (consistency.cluster_sums(part, ones, clusters) for part in (2 * d, d))
-    paired = consistency.factor(twice, once, "abs_mean", paired=True)
-    loose = consistency.factor(twice, once, "abs_mean", paired=False)
+    sums = {name: consistency.cluster_sums(part, ones, clusters) for name, part in (("twice", 2 * d), ("once", d))}
+    drawn, apart = consistency.draw(sums), consistency.draw(sums, seed=1)
+    paired = consistency.factor(drawn["twice"], drawn["once"], "abs_mean")
+    loose = consistency.factor(drawn["twice"], apart["once"], "abs_mean")
     assert paired is not None
     assert (paired.value, paired.low, paired.high) == pytest.approx((2, 2, 2))
     assert loose is not None
@@ -91,8 +106,9 @@ def test_a_paired_factor_is_sharper_than_an_unpaired_one():
 def test_a_factor_over_nothing_is_not_made_up():
     zero = consistency.cluster_sums(np.zeros(9), np.ones(9, np.int64), np.arange(9))
     some = consistency.cluster_sums(np.array([1.0] + 8 * [0.0]), np.ones(9, np.int64), np.arange(9))
-    assert consistency.factor(some, zero, "k3", paired=True) is None
-    found = consistency.factor(some, some, "extreme_2", paired=False)
+    drawn, apart = consistency.draw({"some": some, "zero": zero}), consistency.draw({"some": some}, seed=1)
+    assert consistency.factor(drawn["some"], drawn["zero"], "k3") is None
+    found = consistency.factor(drawn["some"], apart["some"], "extreme_2")
     assert found is not None
     assert found.high == math.inf, "some resamples have no such token"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from r3.config import TaskConfig
 from r3.errors import ConfigError
 from r3.tasks import encode, is_heldout, open_task
 from r3.types import Prompt
+from tests.command import ROOT
 
 SPELL = TaskConfig(args={"min_word_len": 3, "max_word_len": 6})
 
@@ -20,6 +24,27 @@ def test_spell_backward_scores_with_its_own_verifier():
     assert task.score(prompt, prompt.answer) == 1
     assert task.score(prompt, f" {prompt.answer}\n") == 1
     assert task.score(prompt, prompt.answer[:-1] + "?") == 0
+
+
+def test_the_syntax_warnings_of_one_dependency_alone_are_not_shown(tmp_path):
+    # Stand-ins: Python warns where it compiles, so only where no cached bytecode lies.
+    for name in ("cellpylib", "another"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"from {name} import functions\n")
+        (tmp_path / name / "functions.py").write_text("def same(how):\n    return how is 'recursive'\n")
+    (tmp_path / "reasoning_gym.py").write_text("import another, cellpylib\ndef create_dataset(*_, **__): pass\n")
+    program = "from r3.config import TaskConfig; from r3.tasks import _open_dataset; _open_dataset(TaskConfig())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    warned = [line for line in result.stderr.splitlines() if "SyntaxWarning" in line]
+    assert len(warned) == 1
+    assert "another" in warned[0]
 
 
 def test_partial_credit_is_the_datasets_own_score():
