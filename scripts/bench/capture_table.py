@@ -211,11 +211,18 @@ def _pairs(rounds: Sequence[Round]) -> dict[str, int]:
     return {way: sum(way in found for found in rounds) for way in WAYS if any(way in found for found in rounds)}
 
 
-def raw_of(rounds: Sequence[Round]) -> list[dict[str, dict[str, float]]]:
-    """Return the numbers of every run; `p50` and `p99` in ms, `prefills` and `decodes` in passes, the others in s."""
+def raw_of(rounds: Sequence[Round]) -> list[dict[str, dict[str, Any]]]:
+    """Return the numbers of every run.
+
+    `p50` and `p99` in ms, `prefills` and `decodes` in passes, `pinned` in bytes by rank, the others in s.
+    """
     names = ("seconds", "from_call", "prefills", "decodes", "p50", "p99", "wait", "decode", "checks", "pack")
     return [
-        {way: {name: round(getattr(run, name), 6) for name in names} for way, run in found.items()} for found in rounds
+        {
+            way: {name: round(getattr(run, name), 6) for name in names} | {"pinned": list(run.pinned)}
+            for way, run in found.items()
+        }
+        for found in rounds
     ]
 
 
