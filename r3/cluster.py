@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 
 from r3.config import Config
 from r3.errors import EngineError
+
+# Seconds; a signal ends a wait for room after so long at most.
+_TURN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +93,21 @@ def _reserve(config: Config) -> Places:
         ("rollout", places.rollout, rollout.start_timeout_s),
         ("trainer", places.trainer, trainer.start_timeout_s),
     ):
-        if not place.wait(limit):
+        if not _has_room(place, limit):
             raise EngineError(
                 f"the Ray cluster had no room for the {side} actors within {limit:g} s ({side}.start_timeout_s); "
                 "is another run using it?"
             )
     return places
+
+
+def _has_room(place: Any, limit: float) -> bool:
+    """Wait at most `limit` seconds for a placement group, in turns: Ray heeds no signal inside of one."""
+    until = time.monotonic() + limit
+    while not place.wait(min(_TURN_S, max(0.0, until - time.monotonic()))):
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 def _require(needed: Demand, resources: dict[str, float]) -> None:
