@@ -167,6 +167,7 @@ def test_a_record_that_is_off_by_one_stops_the_command_before_the_first_step(war
     assert alarms[0]["sentence"].startswith(sentence)
 
 
+@pytest.mark.slow  # its parts one by one: tests/megatron/test_{group,worker}.py, tests/unit/test_{command,tasks}.py
 def test_without_replay_two_ranks_and_an_own_reward(warm_model: Path, tmp_path: Path) -> None:
     (tmp_path / "my_rules.py").write_text(REWARD)
     (tmp_path / "trainer.py").write_text("raise RuntimeError('the user has a trainer of his own')")
