@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.bench.table import ROOT, Row, environment, row, write
+from scripts.bench.table import ROOT, Row, commit, row, show, write
 
 COLUMNS = {
     "k3": "nats", "k1": "nats", "abs_mean": "nats", "extreme_1p2": "share of tokens", "extreme_1p5": "share of tokens",
@@ -82,11 +81,9 @@ def main() -> int:
             if not file.is_file():
                 return code or 1
         study = json.loads(file.read_text())
-    commit = options.commit or os.environ.get("R3_COMMIT") or environment()["commit"]
     rows = list(rows_of(study))
-    write(options.out, facts_of(study, commit), rows)
-    for one in rows:
-        print(f"{one['name']:<32} {one['value']:>12g} {one['unit']:<24} {one['ci95']}")
+    write(options.out, facts_of(study, options.commit or commit()), rows)
+    show(rows)
     return code
 
 

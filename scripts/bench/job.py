@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 from r3.run import RESOLVED, RunDirectory, read_rows
-from scripts.bench.table import ROOT, Row, bootstrap, environment, row, write
+from scripts.bench.table import ROOT, Row, bootstrap, environment, row, show, write
 
 # Of a step's seconds; what is left is the driver's.
 PARTS = ("generate_s", "train_s", "install_s", "weights_s")
@@ -152,8 +152,7 @@ def main() -> int:
             return code or 1
     facts, rows = condense(run)
     write(options.out, environment(**facts), rows)
-    for one in rows:
-        print(f"{one['name']:<52} {one['value']:>12g} {one['unit']:<16} {one['ci95']}")
+    show(rows)
     return code
 
 

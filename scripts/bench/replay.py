@@ -10,7 +10,8 @@ experts' products are the same:
 
     off     the router chooses for itself (top-k), and ready ids on the device take the choice's place
     r3      the records are forced, counted and audited, as in every step of a run
-    native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts and checks nothing
+    native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts and checks nothing; it is fed
+            by the same microbatches, whose content is checked beside it too, but it does not wait for that
 
 A round runs each way once, in an order by which every way follows every other. The ratio of a way is the geometric mean
 over rounds of its time over that of `off` in the same round. The table, with the seconds of every round under `raw`, is

@@ -99,6 +99,13 @@ def commit() -> str:
     return os.environ.get("R3_COMMIT") or found.stdout.strip() or "unknown"
 
 
+def show(rows: Sequence[Row]) -> None:
+    """Print a table's values with their intervals, a row a line."""
+    name, unit = (max(len(one[key]) for one in rows) for key in ("name", "unit"))
+    for one in rows:
+        print(f"{one['name']:<{name}} {one['value']:>12g} {one['unit']:<{unit}} {one['ci95']}")
+
+
 def write(file: Path, made: Row, rows: Sequence[Row]) -> None:
     """Replace `file` by `{"environment": ..., "rows": [...]}`, a row a line."""
     file.parent.mkdir(parents=True, exist_ok=True)
