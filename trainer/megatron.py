@@ -26,7 +26,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -38,6 +40,8 @@ __all__ = [
     "GPTModel",
     "MegatronModule",
     "MegatronOptimizer",
+    "MoEAlltoAllTokenDispatcher",
+    "MoELayer",
     "ModuleSpec",
     "OptimizerConfig",
     "OptimizerParamScheduler",

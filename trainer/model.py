@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from r3.config import TrainerConfig
 from r3.errors import ConfigError
 from r3.trainer.architecture import Architecture as Architecture
+from r3.trainer.dispatch import dispatch_locally
 from r3.trainer.experts import GroupedExperts
 from r3.trainer.megatron import (
     GPTModel,
@@ -141,7 +142,7 @@ def build_model(
     else:
         spec = layer_spec
     layers = [spec(arch, moe=layer in arch.spec.moe_layers, replay=replay, grouped=grouped) for layer in built]
-    return GPTModel(
+    model = GPTModel(
         config,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=_final_norm(config)),
         vocab_size=arch.spec.vocab_size,
@@ -153,6 +154,9 @@ def build_model(
         share_embeddings_and_output_weights=arch.tied,
         **kind,
     )
+    if grouped and config.transformer_impl != "transformer_engine":
+        dispatch_locally(model)
+    return model
 
 
 def layer_spec(arch: Architecture, *, moe: bool, replay: bool, grouped: bool = False) -> ModuleSpec:
