@@ -20,6 +20,8 @@ class LocalDispatcher(MoEAlltoAllTokenDispatcher):
     The experts get `tokens_per_expert` int64 `[experts]` on the device of the tokens, as `GroupedExperts` takes it.
     """
 
+    tokens_per_expert: Any
+
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Count the tokens of each expert, on the device."""
         self.num_out_tokens = routing_map.shape[0] * self.config.moe_router_topk

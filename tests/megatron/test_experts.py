@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from r3.config import TrainerConfig
 from r3.errors import ConfigError
-from r3.trainer import experts
+from r3.trainer import experts, model
 from r3.trainer.build import build_chunks, build_layout
 from r3.trainer.convert import HfTensors, export_weights, find_rule, local_name
+from r3.trainer.dispatch import LocalDispatcher
 from r3.trainer.model import Architecture
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
@@ -112,6 +113,25 @@ def test_a_rank_without_a_token_gives_every_weight_a_gradient_of_zero(model_dir:
         assert weight.grad is not None
         assert weight.grad.shape == weight.shape
         assert not weight.grad.any()
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_tokens_of_one_rank_take_the_way_that_megatron_takes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for local in (True, False):
+        if not local:
+            monkeypatch.setattr(model, "dispatch_locally", lambda model: None)
+        config, arch = make_config(trainer=GROUPED), Architecture.from_directory(model_dir)
+        (chunk,) = build_chunks(config, arch, build_layout(config, arch), model_dir, replay=True)
+        layer = chunk.decoder.layers[0].mlp
+        assert isinstance(layer.token_dispatcher, LocalDispatcher) == local
+        hidden = torch.randn(7, 3, arch.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden.requires_grad_()
+        out, _ = layer(hidden)
+        out.square().sum().backward()
+        found.append([out, hidden.grad, layer.router.weight.grad, *(one.grad for one in layer.experts.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_who_is_grouped(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
