@@ -5,6 +5,8 @@ On a GPU a small kernel costs its launch and hardly more: layer by layer, counti
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 
 from r3.trainer.routed import AuditPairs, MicrobatchRouting, RoutedRecord
@@ -25,28 +27,29 @@ class MicrobatchCounts:
         # The first layer of the block, its column, and whether it is forced.
         self._block = (0, 0, False)
         self._own: list[torch.Tensor] = []
-        self._used: list[torch.Tensor] = []
+        self._maps: list[torch.Tensor] = []
         self._differs: torch.Tensor | None = None
         self._flags: dict[int, torch.Tensor] = {}
 
-    def add(self, local: int, column: int, own: torch.Tensor, used: torch.Tensor | None) -> None:
+    def add(self, local: int, column: int, own: torch.Tensor, routing_map: torch.Tensor | None) -> None:
         """Take what one router chose and used.
 
         `local` counts the MoE layers of this rank, `column` those of the model. `own` int64 `[t, k]`: its own choice;
-        `used` bool `[t, k]`: which of the recorded ids its map has, None where it was not forced.
+        `routing_map` bool `[t, experts]`: what its experts get, None where it was not forced.
         """
         self._tally.visits[column] = self._tally.visits.get(column, 0) + 1
         size = self._size
         begin, first, forced = self._block
-        if size and ((begin + size, first + size, forced) != (local, column, used is not None) or self._full(own)):
+        here = (local, column, routing_map is not None)
+        if size and ((begin + size, first + size, forced) != here or self._full(own, routing_map)):
             self._count()
             size = 0
         if not size:
-            self._block = (local, column, used is not None)
+            self._block = here
         if self._routing.compare:
             self._own.append(own)
-        if used is not None:
-            self._used.append(used)
+        if routing_map is not None:
+            self._maps.append(routing_map)
 
     def finish(self, chunk: int) -> None:
         """Count what is left, and note that `chunk` of the model ran this microbatch."""
@@ -61,25 +64,35 @@ class MicrobatchCounts:
 
     @property
     def _size(self) -> int:
-        return max(len(self._own), len(self._used))
+        return max(len(self._own), len(self._maps))
 
-    def _full(self, own: torch.Tensor) -> bool:
+    @cached_property
+    def _audit(self) -> AuditPairs | None:
+        # Made while the device works on the first layers: before them it would wait for it.
+        return None if self._routing.audit is None else self._routing.audit()
+
+    def _full(self, own: torch.Tensor, routing_map: torch.Tensor | None) -> bool:
         rows, k = own.shape
-        # Ids of both sides and every id with every other; where nothing is compared, the used ones twice.
-        size = rows * k * (17 + k if self._routing.compare else 2)
-        if self._routing.audit is not None:
-            size += len(self._routing.audit.own) * k * (16 + k)
+        # A map and its copy, and of the used ids twice.
+        size = 0 if routing_map is None else 2 * rows * (routing_map.shape[1] + k)
+        if self._routing.compare:
+            # Ids of both sides and every id with every other.
+            size += rows * k * (16 + k)
+        if self._audit is not None:
+            size += len(self._audit.own) * k * (16 + k)
         return (self._size + 1) * size > ROOM_BYTES
 
     def _count(self) -> None:
         size, (begin, first, _) = self._size, self._block
         columns = slice(first, first + size)
-        if self._used:
-            self._count_used(columns, torch.stack(self._used).bool())
-        if self._own:
-            self._compare(columns, torch.stack(self._own), self._record.layers(begin, begin + size))
+        if size:
+            ids = self._record.layers(begin, begin + size)
+            if self._maps:
+                self._count_used(columns, torch.stack(self._maps).gather(2, ids))
+            if self._own:
+                self._compare(columns, torch.stack(self._own), ids)
         self._own.clear()
-        self._used.clear()
+        self._maps.clear()
 
     def _count_used(self, columns: slice, used: torch.Tensor) -> None:
         """Count into `columns` which recorded ids were used, `used` bool `[layers, t, k]`."""
@@ -94,8 +107,8 @@ class MicrobatchCounts:
         self._differs = anywhere if self._differs is None else self._differs | anywhere
         if self._routing.trace:
             self._flags |= dict(zip(range(columns.start, columns.stop), differs.unbind(0), strict=True))
-        if self._routing.audit is not None:
-            self._overlap(columns, own, ids, self._routing.audit)
+        if self._audit is not None:
+            self._overlap(columns, own, ids, self._audit)
 
     def _overlap(self, columns: slice, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
         """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""

@@ -304,25 +304,27 @@ def _routing(
     def tensor(array: NDArray[Any]) -> torch.Tensor:
         return upload(array, where)
 
-    needed = use is not None and (use.force or use.compare or use.keep)
-    audit = None
-    if use is not None and use.audit:
+    def audit() -> AuditPairs:
         rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
-        audit = AuditPairs.of(rows, where)
+        return AuditPairs.of(rows, where)
+
+    needed = use is not None and (use.force or use.compare or use.keep)
     recorded = microbatch.recorded
     if use is not None and use.sampled_rows:
         recorded = recorded & microbatch.sampled
+    looks = use is not None and (use.compare or use.keep or use.fault is not None)
     return MicrobatchRouting(
         experts=tensor(microbatch.experts) if needed and microbatch.experts is not None else None,
         recorded=tensor(recorded),
         pads=tensor(microbatch.pads),
         force=use is not None and use.force,
-        audit=audit,
+        audit=audit if use is not None and use.audit else None,
         layers=None if use is None else use.layers,
         fault=None if use is None else use.fault,
         own=own if use is not None and use.keep else None,
         trace=use is not None and use.trace,
         compare=use is not None and use.compare,
+        unrecorded=None if looks else tensor(np.flatnonzero(~recorded.T)),
     )
 
 

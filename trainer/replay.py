@@ -244,29 +244,49 @@ class _Visit:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and ids `[tokens, k]` of the experts to use: recorded where there is a record, else the own."""
         assert default_compute_topk is not None
+        choose = partial(default_compute_topk, topk=topk, num_groups=num_groups, group_topk=group_topk)
         routing = self._active.routing
         force, fault = routing.forces(self._layer), routing.fault
+        if force and routing.unrecorded is not None:
+            return self._replayed(scores, topk, choose, routing.unrecorded)
         # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
-        values, own = default_compute_topk(scores.detach() if force else scores, topk, num_groups, group_topk)
+        values, own = choose(scores.detach() if force else scores)
         if fault is not None and fault.noise:
             spread = fault.noise * scores.std(1, keepdim=True)
-            _, own = default_compute_topk(scores + spread * torch.randn_like(scores), topk, num_groups, group_topk)
+            _, own = choose(scores + spread * torch.randn_like(scores))
             values = scores.gather(1, own)
         begin = time.perf_counter()
-        ids = self._active.ids(self._local)
-        if ids.shape != own.shape:
-            raise RoutingError(
-                f"layer {self._layer} routes {tuple(own.shape)} [tokens, k], its record has {tuple(ids.shape)}"
-            )
-        self._own, self._ids = own, ids
+        self._own, self._ids = own, self._recorded(own.shape)
         if force:
-            own = torch.where(self._active.record.mask, ids, own)
+            own = torch.where(self._active.record.mask, self._ids, own)
             values = scores.gather(1, own)
         if fault is not None and fault.uniform_gates:
             # Equal before the softmax over the chosen as well as behind one over all.
             values = torch.full_like(values, 1 / topk)
         self._active.spent_since(begin)
         return values, own
+
+    def _replayed(
+        self, scores: torch.Tensor, topk: int, choose: TopK, unrecorded: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same where nobody looks at the own choice: it is made of the rows `unrecorded` alone."""
+        begin = time.perf_counter()
+        own = self._ids = self._recorded(torch.Size((len(scores), topk)))
+        if len(unrecorded):
+            _, chosen = choose(scores.detach().index_select(0, unrecorded))
+            own = own.index_copy(0, unrecorded, chosen)
+        self._own = own
+        self._active.spent_since(begin)
+        return scores.gather(1, own), own
+
+    def _recorded(self, shape: torch.Size) -> torch.Tensor:
+        """Return the recorded ids of this layer, of the router's `shape` `[tokens, k]`."""
+        ids = self._active.ids(self._local)
+        if ids.shape != shape:
+            raise RoutingError(
+                f"layer {self._layer} routes {tuple(shape)} [tokens, k], its record has {tuple(ids.shape)}"
+            )
+        return ids
 
     def account(self, routing_map: torch.Tensor) -> None:
         """Hand over what the router did; `routing_map` bool `[tokens, experts]` is what the experts will really get.
@@ -283,7 +303,7 @@ class _Visit:
         begin = time.perf_counter()
         if routing.own is not None:
             routing.own[self._local] = self._own
-        used = routing_map.gather(1, self._ids) if routing.forces(self._layer) else None
+        used = routing_map if routing.forces(self._layer) else None
         counts.add(self._local, self._column, self._own, used)
         self._active.spent_since(begin)
 

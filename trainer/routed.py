@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -62,21 +63,24 @@ class MicrobatchRouting:
     `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
     and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
     rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
-    model's own choice. `pads` bool `[b, s]`. With `audit` its rows are also compared with the record shifted by one row
-    in both directions. `layers`, `fault` and `compare` are those of `r3.trainer.use.RoutingUse`; `own` collects the
-    model's own choice, `[s * b, k]` by local MoE layer. `trace` keeps which rows differ in which layer.
+    model's own choice. `pads` bool `[b, s]`. The rows of `audit`, made when they are first asked for, are also compared
+    with the record shifted by one row in both directions. `layers`, `fault` and `compare` are those of
+    `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b, k]` by local MoE layer. `trace` keeps
+    which rows differ in which layer. `unrecorded` int64 `[n]`: the rows without a record in the routers' order, None
+    where the own choice of every row is looked at.
     """
 
     experts: torch.Tensor | None
     recorded: torch.Tensor
     pads: torch.Tensor
     force: bool
-    audit: AuditPairs | None = None
+    audit: Callable[[], AuditPairs] | None = None
     layers: tuple[int, ...] | None = None
     fault: RouterFault | None = None
     own: dict[int, torch.Tensor] | None = None
     trace: bool = False
     compare: bool = True
+    unrecorded: torch.Tensor | None = None
 
     def forces(self, layer: int) -> bool:
         """Tell whether the record is forced in MoE layer `layer` (global index)."""

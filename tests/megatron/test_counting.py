@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def counted(
         record = RoutedRecord(routing)
         counts = MicrobatchCounts(tally, routing, record)
         for layer in layers:
-            used = case.maps[layer].gather(1, record.ids(layer)) if layer in forced else None
+            used = case.maps[layer] if layer in forced else None
             counts.add(layer, FIRST + layer, case.own[layer], used)
         counts.finish(chunk)
 
@@ -132,10 +133,10 @@ def test_layers_counted_at_once_are_those_counted_alone(
     tally, cases = Tally.zero(MODEL_LAYERS, CPU, K), [make_case(0, (3, 10)), make_case(1, (1, 30))]
     for case in cases:
         if room is not None:
-            per_layer = 30 * K * (17 + K) + sum(map(len, case.rows.own)) * K * (16 + K)
+            per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + sum(map(len, case.rows.own)) * K * (16 + K)
             monkeypatch.setattr(counting, "ROOM_BYTES", room * per_layer)
             monkeypatch.setattr(routed, "WIDE_BYTES", 0)
-        audit = AuditPairs.of(case.rows, CPU)
+        audit = partial(AuditPairs.of, case.rows, CPU)
         counted(tally, case, routing_of(case, audit=audit, trace=True), forced, chunks)
     expected = [slow_counts(tally, case, forced) for case in cases]
     for name in (*COUNTERS, "overlap_pairs", "window_pairs"):
@@ -246,10 +247,12 @@ class Operations(TorchDispatchMode):
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("compare", [True, False])
-def test_a_forced_router_call_is_three_operations(
+def test_a_forced_router_call_is_a_few_operations(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, compare: bool
 ) -> None:
-    """Beside Megatron's own top-k; the record is widened once, and what is counted for all layers does not grow."""
+    """Beside Megatron's own top-k, which a pass that compares nothing makes of the rows without a record; the record is
+    widened once, and what is counted for all layers does not grow.
+    """
     policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
     step, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
     seen: dict[str, list[list[str]]] = {"get_replay_topk": [], "account": [], "finish": []}
@@ -267,15 +270,15 @@ def test_a_forced_router_call_is_three_operations(
     policy.accumulate(microbatches, step, old, None, RoutingUse(force=True, compare=compare))
     first, *others = seen["get_replay_topk"]
     # The rows that have a record are cloned where their layout is not the routers' order.
-    assert sorted({*first} - {"clone"}) == ["_to_copy", "gather", "topk", "where"]
-    forced = ["gather", "topk", "where"]
+    forced = ["gather", "topk", "where"] if compare else ["gather", "index_copy", "index_select", "topk"]
+    assert sorted({*first} - {"clone"}) == ["_to_copy", *forced]
     assert [sorted(one) for one in others[:3]] == [forced] * 3
     # Recomputation takes part in nothing but the forcing.
     assert len(others) == (3 if recompute == "none" else 7)
     assert sum(map(len, others[3:])) <= 4 * len(forced) + 2
-    assert [one for one in seen["account"] if one] == [["gather"]] * 4
+    assert not any(seen["account"])
     (finish,) = seen["finish"]
-    assert len(finish) <= (20 if compare else 9)
+    assert len(finish) <= (22 if compare else 11)
     if compare:
         policy.logprobs(microbatches, step, RoutingUse(force=True, audit=True))
-        assert len(seen["finish"][-1]) <= len(finish) + 10
+        assert sum(map(len, [*seen["account"], seen["finish"][-1]])) <= len(finish) + 14
