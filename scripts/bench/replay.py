@@ -13,9 +13,10 @@ experts' products are the same:
     native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts and checks nothing; it is fed
             by the same microbatches, whose content is checked beside it too, but it does not wait for that
 
-A round runs each way once, in an order by which every way follows every other. The ratio of a way is the geometric mean
-over rounds of its time over that of `off` in the same round. The table, with the seconds of every round under `raw`, is
-written after each round.
+A round runs each way once, in an order by which every way follows every other. The ratio of a way is its median over
+the median of `off`, with a 95 % bootstrap interval over rounds: a step that something else on the host held up would
+move a mean by more than replay does. The table, with the seconds of every round under `raw`, is written after each
+round.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.replay import MicrobatchRouting, ReplayContext, router_order
 from r3.trainer.tally import Tally
 from r3.types import Batch, ModelSpec, Trajectory
-from scripts.bench.table import Row, environment, paired, row, write
+from scripts.bench.table import Row, bootstrap, environment, row, write
 from tests.megatron.native import NativeReplay, native_policy
 from tests.megatron.toys import make_advantages, make_config, make_trace, write_model
 
@@ -193,18 +194,19 @@ def make_batch(spec: ModelSpec, tokens: int, length: int, routing: bool) -> Batc
 def rows_of(rounds: Sequence[dict[str, Run]], tokens: int) -> list[Row]:
     """Return the table's rows."""
     rows = []
+    base = [found["off"].seconds for found in rounds]
     for way in WAYS:
         seconds = [found[way].seconds for found in rounds]
-        ratio, interval = paired([found[way].seconds / found["off"].seconds for found in rounds])
+        ratio, interval = bootstrap(seconds, base, np.median)
         rows.append(row(f"{way}, step", 1e3 * float(np.median(seconds)), "ms", "off, step", ratio,
                         interval if way != "off" else ()))  # fmt: skip
     rows.append(row("r3, tokens of a step", tokens, "tokens"))
     rows.append(row("rounds", len(rounds), "rounds"))
     if rounds[0]["off"].peak:
-        base = max(found["off"].peak for found in rounds)
+        most = max(found["off"].peak for found in rounds)
         for way in WAYS:
             peak = max(found[way].peak for found in rounds)
-            rows.append(row(f"{way}, peak memory", peak, "B", "off, peak memory", peak / base))
+            rows.append(row(f"{way}, peak memory", peak, "B", "off, peak memory", peak / most))
     return rows
 
 

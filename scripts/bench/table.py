@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "ray")
-# Two-sided 95 % quantile of Student's t by number of pairs; beyond them it changes little.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 _RESAMPLES = 10_000
 
 Row = dict[str, Any]
@@ -42,19 +38,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def paired(ratios: Sequence[float]) -> tuple[float, tuple[float, ...]]:
-    """Return the geometric mean of paired ratios and its 95 % interval (Student's t); none from one pair."""
-    logs = [math.log(ratio) for ratio in ratios]
-    mean = statistics.mean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), ()
-    quantile = _STUDENT[min(len(logs) - 2, len(_STUDENT) - 1)]
-    half = quantile * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
-
-
-def bootstrap(values: Sequence[float], below: Sequence[float] | None = None) -> tuple[float, tuple[float, ...]]:
+def bootstrap(
+    values: Sequence[float], below: Sequence[float] | None = None, middle: Callable[..., Any] = np.mean
+) -> tuple[float, tuple[float, ...]]:
     """Return the mean of `values` (over that of `below`, in pairs) and its 95 % percentile interval over resamples.
+
+    `middle`: `np.median` for medians in the place of means.
 
     No interval from fewer than three values, nor of a ratio whose divisor is 0 in some resample.
     """
@@ -63,11 +52,11 @@ def bootstrap(values: Sequence[float], below: Sequence[float] | None = None) -> 
     def of(sums: list[Any]) -> Any:
         return sums[0] if len(sums) == 1 else sums[0] / sums[1]
 
-    value = float(of([part.mean() for part in parts]))
+    value = float(of([middle(part) for part in parts]))
     if len(values) < 3:
         return value, ()
     drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    resampled = [part[drawn].mean(1) for part in parts]
+    resampled = [middle(part[drawn], axis=1) for part in parts]
     if len(resampled) == 2 and not resampled[1].all():
         return value, ()
     low, high = np.percentile(of(resampled), [2.5, 97.5])
