@@ -104,8 +104,9 @@ class Bench:
         if way in RETURNING:
             self._receive(run, outputs, requests["input_ids"])
         noted = self.facts()
-        run.seconds = ended - _release(noted[0], len(load.prompts))
-        passes = noted[0]["passes"]
+        released, passes = _release(noted[0], len(load.prompts)), noted[0]["passes"]
+        run.seconds = ended - released
+        run.parts = [b - a for a, b in itertools.pairwise([released, *(taken for taken, _ in passes), ended])]
         run.decodes = sum(1 for _, decoded in passes if decoded)
         run.prefills = len(passes) - run.decodes
         run.gaps = [(b[0] - a[0], b[1]) for a, b in itertools.pairwise(passes) if a[1] and b[1]]

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 WAYS = ("off", "on", "stock", "ours")
 RETURNING = ("stock", "ours")
 # Over four rounds every way has every place once, and every other way in front of it once.
 ORDERS = ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
+_RESAMPLES = 2000
 # Two-sided 95 % quantile of Student's t by number of pairs.
 STUDENT = dict(
     enumerate(
@@ -60,8 +62,10 @@ class Run:
     the last answer, then `wait` until the rows of all answers were written, `decode` until they are arrays, `checks`
     (and stamps), `pack` into the blocks of a batch; `from_call` is `seconds` with the sending of the requests.
 
-    `prefills`, `decodes`: passes over prompts and passes of decoding. `gaps`: between passes of decoding as the
-    scheduler took their results, weighted by requests; `pinned`: bytes of pinned memory that each rank used at most.
+    `prefills`, `decodes`: passes over prompts and passes of decoding. `parts`: what `seconds` is the sum of, until the
+    first result, from each result of a pass to the next, and from the last one to the last answer. `gaps`: those parts
+    that lie between passes of decoding, weighted by requests; `pinned`: bytes of pinned memory that each rank used at
+    most.
     """
 
     way: str
@@ -73,6 +77,7 @@ class Run:
     from_call: float = 0.0
     prefills: int = 0
     decodes: int = 0
+    parts: list[float] = field(default_factory=list)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     pinned: tuple[int, ...] = ()
 
@@ -136,6 +141,7 @@ def rows_of(load: Load, rounds: Sequence[Round]) -> list[Row]:
         name = f"{load.name}, {way}"
         speed = statistics.median(load.tokens / run.seconds for run in runs)
         rows += _against(name, speed, "tokens/s", rounds, way, lambda run: 1 / run.seconds)
+        rows += _of_median_passes(f"{name}, of median passes", load, rounds, way)
         if all(run.gaps for run in runs):
             for key, what in (("p50", "median"), ("p99", "p99")):
                 waited = attrgetter(key)
@@ -176,6 +182,32 @@ def line_of(load: Load, number: int, runs: Round, longest: float) -> str:
         each = (f"{count} ({', '.join(ways)})" for count, ways in zip(counts, passes.values(), strict=True))
         shown = f"PASSES DIFFER: {'; '.join(each)}"
     return f"{load.name}, pair {number}: {speeds} tokens/s, {shown}, {longest:.0f} s a round"
+
+
+def _of_median_passes(name: str, load: Load, rounds: Sequence[Round], way: str) -> list[Row]:
+    """Return the rows of a run in which every pass takes its median over the rounds; none where passes differ.
+
+    What a pass over prompts takes depends on how fast the host launches it, which changes from pass to pass by more
+    than the ways differ. The interval draws rounds anew, for both ways the same ones.
+    """
+    complete = [found for found in rounds if len(found) == len(rounds[0])]
+    if len(complete) < 3 or len({len(run.parts) for found in complete for run in found.values()} | {0}) != 2:
+        return []
+    parts = {other: np.array([found[other].parts for found in complete]) for other in complete[0]}
+    draws = np.random.default_rng(0).integers(0, len(complete), (_RESAMPLES, len(complete)))
+    drawn = {other: np.array([_median_run(found[draw]) for draw in draws]) for other, found in parts.items()}
+    own = _median_run(parts[way])
+    return [
+        row(name, load.tokens / own, "tokens/s", other, _median_run(found) / own,
+            np.percentile(drawn[other] / drawn[way], (2.5, 97.5)))
+        for other, found in parts.items()
+        if other != way
+    ]  # fmt: skip
+
+
+def _median_run(parts: NDArray[np.floating]) -> float:
+    """Return the seconds of a run whose parts are the medians of `parts` `[rounds, parts]`."""
+    return float(np.median(parts, axis=0).sum())
 
 
 def _client_rows(name: str, rounds: Sequence[Round], way: str, runs: Sequence[Run]) -> list[Row]:

@@ -90,6 +90,26 @@ def test_passes_are_counted_and_a_pair_that_differs_in_them_is_marked() -> None:
     assert "PASSES DIFFER: 3 + 30 passes (off, on, stock); 4 + 31 passes (ours)" in line_of(LOAD, 2, slower, 4.0)
 
 
+def test_a_run_of_median_passes_has_no_part_of_what_one_run_met() -> None:
+    def run(way: str, slow: int, each: float = 0.1) -> Run:
+        parts = [each] * 10
+        parts[slow] += 5
+        return Run(way, sum(parts), parts=parts)
+
+    rounds = [{"off": run("off", i), "ours": run("ours", 9 - i, 0.11)} for i in range(5)]
+    name = "a load, ours, of median passes"
+    row = found(rows_of(LOAD, rounds), name, "off")
+    assert row["value"] == pytest.approx(40 / 1.1, rel=1e-6)
+    assert row["ratio"] == pytest.approx(1 / 1.1, rel=1e-5)
+    low, high = row["ci95"]
+    assert low <= row["ratio"] < high
+    assert found(rows_of(LOAD, rounds), "a load, ours", "off")["ratio"] == pytest.approx(6 / 6.1, rel=1e-5)
+    # Fewer rounds, or ways with other passes, have none.
+    rounds[1]["ours"].parts.pop()
+    for fewer in (rounds[2:4], rounds):
+        assert name not in {row["name"] for row in rows_of(LOAD, fewer)}
+
+
 def test_the_file_has_a_line_for_every_run(tmp_path: Path) -> None:
     raw = {"a load": capture.raw_of([one_round(1, 2, 3, 4), one_round(5, 6, 7, 8)])}
     older = {"raw": {"a load": [{"off": [1.0, 2.0]}]}, "rows": []}
