@@ -52,6 +52,7 @@ from scripts.bench.capture_table import (
     earlier_runs,
     line_of,
     order_of,
+    pinned_rows,
     raw_of,
     row,
     rows_of,
@@ -104,6 +105,7 @@ def measure(
             table["rows"] = before + equality(bench, load, options, until)
             keep()
         else:
+            before += warm_up(bench, load)
 
             def note(rounds: Sequence[Round], before: list[Row] = before, load: Load = load) -> None:
                 table["raw"][load.name] = raw_of(rounds)
@@ -114,6 +116,19 @@ def measure(
         spare = max(0.0, until - time.perf_counter())
 
 
+def warm_up(bench: Any, load: Load) -> list[Row]:
+    """Make the first passes of a load in every way, and one whole run of a crowd; return the pinned memory of each way.
+
+    Memory that a pass has pinned is kept for the next, so each way begins without.
+    """
+    short = load.short()
+    runs = [bench.run(short, way, bench.requests(short), trim=True) for way in order_of(0, bench.ways)]
+    if load.is_crowd:
+        run = bench.run(load, "ours", bench.requests(load))
+        print(f"{load.name}, not counted: ours {load.tokens / run.seconds:.0f} tokens/s", flush=True)
+    return pinned_rows(load, runs)
+
+
 def race(
     bench: Any, load: Load, until: float, pairs: int, note: Callable[[Sequence[Round]], None]
 ) -> list[dict[str, Run]]:
@@ -121,12 +136,6 @@ def race(
 
     `note` is told of all rounds after every run, the last of which may be incomplete.
     """
-    short = load.short()
-    for way in order_of(0, bench.ways):
-        bench.run(short, way, bench.requests(short))
-    if load.is_crowd:
-        run = bench.run(load, "ours", bench.requests(load))
-        print(f"{load.name}, not counted: ours {load.tokens / run.seconds:.0f} tokens/s", flush=True)
     found: list[dict[str, Run]] = []
     longest = 0.0
     while len(found) < pairs and (not found or time.perf_counter() + longest < until):

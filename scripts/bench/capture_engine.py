@@ -73,10 +73,10 @@ class Bench:
         while not self.engine.flush_cache().success:
             time.sleep(0.01)
 
-    def facts(self) -> list[dict[str, Any]]:
-        """Return what the scheduler of every rank noted since the last call."""
+    def facts(self, trim: bool = False) -> list[dict[str, Any]]:
+        """Return what the scheduler of every rank noted since the last call; `trim` gives unused pinned memory back."""
         path = self.folder / "facts"
-        self.engine.collective_rpc("r3_bench_facts", path=str(path))
+        self.engine.collective_rpc("r3_bench_facts", path=str(path), trim=trim)
         return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(self.ranks)]
 
     def requests(self, load: Load) -> dict[str, Any]:
@@ -87,16 +87,17 @@ class Bench:
             "sampling_params": [{"temperature": 1.0, "max_new_tokens": n, "ignore_eos": True} for n in load.outputs],
         }
 
-    def run(self, load: Load, way: str, requests: dict[str, Any]) -> Run:
+    def run(self, load: Load, way: str, requests: dict[str, Any], trim: bool = False) -> Run:
         """Answer the load once; where its routing is asked for, take, check and pack it as the rollout worker does.
 
-        The clock starts when all requests wait in the scheduler, which plans its first pass then and not before.
+        The clock starts when all requests wait in the scheduler, which plans its first pass then and not before. With
+        `trim` the scheduler begins without pinned memory that it keeps for later.
         """
         self.switch(way)
         self.flush()
         if load.cached:
             self.engine.generate(input_ids=requests["input_ids"], sampling_params={"max_new_tokens": 1})
-        self.facts()
+        self.facts(trim)
         called = time.perf_counter()
         outputs = self._answers(len(load.prompts), **requests, return_routed_experts=way in RETURNING)
         ended = time.perf_counter()

@@ -200,14 +200,17 @@ class Ways(product.Hooks):
         elif hasattr(self.cache, product._STORE):
             delattr(self.cache, product._STORE)
 
-    def facts(self, path: str) -> None:
+    def facts(self, path: str, trim: bool) -> None:
         """Write what was seen since the last call, and sizes of buffers, to a file: control calls return nothing.
+
+        With `trim`, pinned memory that is kept for later is given back then, so that the next peak is that of what
+        follows.
 
         `passes`: when each was taken (`time.perf_counter`, one clock for all processes of a Linux host), and for how
         many requests it decoded, 0 for a pass over prompts. `released`: when the last hold had all its requests, null
         where it was let go without them; `queued`: how many it had seen.
-        `pinned`: bytes of pinned memory in use at most, without SGLang's int32 rows, which are there in every way of
-        this engine.
+        `pinned`: bytes of pinned memory that the process held at most, in use or kept for later, without SGLang's int32
+        rows, which are there in every way of this engine.
         """
         assert self.ours is not None
         passes, self.passes = self.passes, []
@@ -223,6 +226,8 @@ class Ways(product.Hooks):
             "pinned": _pinned_beside(buffer) if _has_cuda() else None,
         }
         Path(f"{path}.{_rank()}").write_text(json.dumps(found))
+        if trim and _has_cuda():
+            _trim()
 
 
 def _rank() -> int:
@@ -232,20 +237,30 @@ def _rank() -> int:
 
 
 def _pinned_beside(buffer: Any) -> int | None:
-    """Return the peak since the last call; None from a torch that does not count."""
+    """Return the peak since the last call; None from a torch that does not count.
+
+    Not `active_bytes`, which falls for no block that a copy was queued from or into before pytorch PR #171662.
+    """
     import torch
 
     count = getattr(torch.cuda, "host_memory_stats", None)
     if count is None:
         return None
-    found = count()
-    key = next((key for key in ("active_bytes.peak", "allocated_bytes.peak") if key in found), None)
+    found = count().get("allocated_bytes.peak")
     torch.cuda.reset_peak_host_memory_stats()
-    if key is None:
+    if found is None:
         return None
     size = int(buffer.numel() * buffer.element_size()) if buffer.is_pinned() else 0
     rounded = 1 << (size - 1).bit_length() if size else 0  # as torch's allocator of pinned memory rounds
-    return max(0, int(found[key]) - rounded)
+    return max(0, int(found) - rounded)
+
+
+def _trim() -> None:
+    import torch
+
+    torch.cuda.synchronize()
+    torch._C._host_emptyCache()
+    torch.cuda.reset_peak_host_memory_stats()
 
 
 def _has_cuda() -> bool:
@@ -274,4 +289,4 @@ def register() -> None:
         HookRegistry.register(point.target, getattr(ways, point.hook), HookType.AROUND)
     scheduler.Scheduler.r3_bench_way = lambda self, way, path: ways.switch_way(self, way, path)
     scheduler.Scheduler.r3_bench_hold = lambda self, requests: ways.hold(requests)
-    scheduler.Scheduler.r3_bench_facts = lambda self, path: ways.facts(path)
+    scheduler.Scheduler.r3_bench_facts = lambda self, path, trim: ways.facts(path, trim)

@@ -64,8 +64,8 @@ class Run:
 
     `prefills`, `decodes`: passes over prompts and passes of decoding. `parts`: what `seconds` is the sum of, until the
     first result, from each result of a pass to the next, and from the last one to the last answer. `gaps`: those parts
-    that lie between passes of decoding, weighted by requests; `pinned`: bytes of pinned memory that each rank used at
-    most.
+    that lie between passes of decoding, weighted by requests; `pinned`: bytes of pinned memory that each rank held at
+    most, which tells of this run alone where the rank began without.
     """
 
     way: str
@@ -151,16 +151,20 @@ def rows_of(load: Load, rounds: Sequence[Round]) -> list[Row]:
             rows.append(row(f"{name}, {what}", statistics.median(map(attrgetter(key), runs)), "passes"))
         if way in RETURNING:
             rows += _client_rows(name, rounds, way, runs)
-        if runs[0].pinned:
-            rows += [
-                row(f"{name}, pinned beside the slot rows, rank {rank}", max(run.pinned[rank] for run in runs), "bytes")
-                for rank in range(len(runs[0].pinned))
-            ]
     alike = sum(len(passes_of(found)) == 1 for found in rounds)
     return [
         *rows,
         row(f"{load.name}, pairs", min(_pairs(rounds).values(), default=0), "pairs"),
         row(f"{load.name}, pairs in which every way made the same passes", alike, "count"),
+    ]
+
+
+def pinned_rows(load: Load, runs: Sequence[Run]) -> list[Row]:
+    """Return the rows of what each rank pinned beside its slot rows in the warm-up of a load."""
+    return [
+        row(f"{load.name}, {run.way}, pinned beside the slot rows, rank {rank}", size, "bytes")
+        for run in runs
+        for rank, size in enumerate(run.pinned)
     ]
 
 
@@ -246,15 +250,11 @@ def _pairs(rounds: Sequence[Round]) -> dict[str, int]:
 def raw_of(rounds: Sequence[Round]) -> list[dict[str, dict[str, Any]]]:
     """Return the numbers of every run.
 
-    `p50` and `p99` in ms, `prefills` and `decodes` in passes, `pinned` in bytes by rank, the others in s.
+    `p50` and `p99` in ms, `prefills` and `decodes` in passes, the others in s.
     """
     names = ("seconds", "from_call", "prefills", "decodes", "p50", "p99", "wait", "decode", "checks", "pack")
     return [
-        {
-            way: {name: round(getattr(run, name), 6) for name in names} | {"pinned": list(run.pinned)}
-            for way, run in found.items()
-        }
-        for found in rounds
+        {way: {name: round(getattr(run, name), 6) for name in names} for way, run in found.items()} for found in rounds
     ]
 
 

@@ -166,7 +166,7 @@ def test_sizes_are_read_from_what_the_plugin_writes(tmp_path: Path, monkeypatch:
     ways = capture_plugin.Ways()
     ways.cache = SimpleNamespace(num_tokens=10, buffer=SimpleNamespace(numel=lambda: 60, element_size=lambda: 4))
     ways.ours = RowStore(10, 3, 2, 16)
-    ways.facts(str(tmp_path / "facts"))
+    ways.facts(str(tmp_path / "facts"), trim=False)
     facts = json.loads((tmp_path / "facts.0").read_text())
     rows = capture.sizes(SimpleNamespace(facts=lambda: [facts]))
     assert found(rows, "slot rows in ordinary memory, ours, rank 0", "")["value"] == 60
@@ -190,11 +190,11 @@ class MadeUpBench:
     def requests(self, load: Load) -> dict[str, Any]:
         return {}
 
-    def run(self, load: Load, way: str, requests: dict[str, Any]) -> Run:
+    def run(self, load: Load, way: str, requests: dict[str, Any], trim: bool = False) -> Run:
         if len(self.order) == self._dies_at:
             raise Killed
         self.order.append((load.name, way))
-        return Run(way, 1.0 + WAYS.index(way))
+        return Run(way, 1.0 + WAYS.index(way), pinned=(len(self.order), 7) if trim else (10**9, 10**9))
 
 
 def options_of(*arguments: str) -> Any:
@@ -217,6 +217,10 @@ def test_a_killed_run_keeps_every_pair_that_it_measured(tmp_path: Path) -> None:
     assert [len(rounds) for rounds in kept["raw"].values()] == [5, 3]
     assert {row["baseline"] for row in kept["rows"] if row["name"].endswith("512 out, ours")} == {"off", "on", "stock"}
     assert capture.earlier_runs(options.target) == [kept]
+    pinned = {row["name"]: row["value"] for row in kept["rows"] if "pinned" in row["name"]}
+    assert len(pinned) == 2 * len(WAYS) * 2
+    assert pinned["1 request, 1024 in, 1024 out, off, pinned beside the slot rows, rank 0"] == 1
+    assert pinned["1 request, 1024 in, 1024 out, off, pinned beside the slot rows, rank 1"] == 7
 
 
 def test_a_load_ends_when_another_round_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +229,19 @@ def test_a_load_ends_when_another_round_would_not_fit(monkeypatch: pytest.Monkey
     bench, noted = MadeUpBench(), []
     capture.race(bench, LOAD, until=9.0, pairs=99, note=lambda rounds: noted.append(len(rounds)))
     # A round is two readings of the clock apart, and one is read before each.
-    assert len(bench.order) == 4 + 1 + 4 * max(noted)
-    assert bench.order[4] == ("a load", "ours")
+    assert len(bench.order) == 4 * max(noted)
     assert 2 <= max(noted) <= 4
+
+
+def test_a_crowd_is_run_whole_once_before_it_counts() -> None:
+    bench = MadeUpBench()
+    rows = capture.warm_up(bench, LOAD)
+    short = LOAD.short().name
+    assert bench.order == [*((short, way) for way in order_of(0)), (LOAD.name, "ours")]
+    assert {row["name"].split(",")[1].strip() for row in rows} == set(WAYS)
+    alone = MadeUpBench()
+    capture.warm_up(alone, Load("alone", (4,), (10,)))
+    assert len(alone.order) == 4
 
 
 def test_the_command_line_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
