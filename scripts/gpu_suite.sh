@@ -1,45 +1,90 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, one line of outcome each; logs and tables under the output folder:
 #
-#   scripts/gpu_suite.sh OUT                          all steps
-#   STEPS="model tests job1" scripts/gpu_suite.sh OUT only these
-#   TIME_JOB1=300 scripts/gpu_suite.sh OUT            another limit, in seconds, of one step
+#   scripts/gpu_suite.sh OUT                                          every step that the GPUs here are enough for
+#   STEPS="model tests job1" scripts/gpu_suite.sh OUT                 only these
+#   scripts/gpu_suite.sh OUT 0=model,replay 1=queue1 2,3=queue2       side by side: each lane its GPUs and its steps
+#   TIME_JOB1=300 scripts/gpu_suite.sh OUT                            another limit, in seconds, of one step
 #
-# Steps: model (warm start) tests doctor job1 job2 replay mismatch. A failed step does not stop the others.
+# A failed step does not stop the others. A table goes to OUT/STEP.json, what a step prints to OUT/STEP.log.
 set -uo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-OUT="$(mkdir -p "${1:?usage: scripts/gpu_suite.sh OUT}" && cd "$1" && pwd)"
-STEPS="${STEPS:-model tests doctor job1 job2 replay mismatch}"
+OUT="$(mkdir -p "${1:?usage: scripts/gpu_suite.sh OUT [GPUS=STEP,STEP ...]}" && cd "$1" && pwd)"
+shift
+ALL="model tests doctor job1 job2 job4 replay mismatch gather capture1 capture2 capture4 queue1 queue2 queue4 equality"
+STEPS="${STEPS:-$ALL}"
 PYTHON="${PYTHON:-python3}"
-FAILED=0
 
-# step NAME SECONDS COMMAND...: run it, keep its output, print one line
-step() {
-    local name="$1" limit="$2" begin code last
-    shift 2
-    case " $STEPS " in *" $name "*) ;; *) return ;; esac
-    local own="TIME_${name^^}"
+# run NAME SECONDS GPUS COMMAND...: run it where there are so many GPUs, keep its output, print one line
+run() {
+    local name="$1" limit="$2" needed="$3" begin code last own="TIME_${1^^}"
+    shift 3
+    if [ "$(gpus)" -lt "$needed" ]; then
+        printf '%-9s skipped       needs %s GPUs\n' "$name" "$needed"
+        return 0
+    fi
     limit="${!own:-$limit}"
     begin=$(date +%s)
     # The limit ends the whole tree: SGLang and Ray start processes of their own.
     timeout --kill-after=20 "$limit" "$HERE/gpu_host.sh" "$@" >"$OUT/$name.log" 2>&1 </dev/null
     code=$?
     last=$(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1 | cut -c1-160)
-    [ "$code" = 0 ] || FAILED=1
     printf '%-9s %-7s %4ss  %s\n' "$name" "$([ "$code" = 0 ] && echo ok || echo "exit $code")" \
         "$(($(date +%s) - begin))" "$last"
+    [ "$code" = 0 ]
 }
 
-gpus=$("$HERE/gpu_host.sh" "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
-printf '%s GPU(s); output in %s\n' "$gpus" "$OUT"
+gpus() { "$HERE/gpu_host.sh" "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0; }
 
-step model 240 "$PYTHON" -c 'from r3.builtin import resolve_model as r; print(r("builtin:qwen3moe-1b", target_reward=0.35, seed=0))'
-step tests 400 "$PYTHON" -m pytest -q -m gpu tests/gpu
-step doctor 240 "$PYTHON" -m r3.doctor replay --config grpo_qwen3moe_1gpu.yaml trainer.gpus_per_process=1
-step job1 420 "$PYTHON" scripts/bench/job.py --config grpo_qwen3moe_1gpu.yaml --dir "$OUT/run1" --out "$OUT/job.json" run.eval_every=0
-if [ "$gpus" -ge 2 ]; then
-    step job2 420 "$PYTHON" scripts/bench/job.py --config grpo_qwen3moe_2gpu.yaml --dir "$OUT/run2" --out "$OUT/job_2gpu.json" run.eval_every=0
+job() { # GPUS
+    run "job$1" 420 "$1" "$PYTHON" scripts/bench/job.py --config "grpo_qwen3moe_$1gpu.yaml" --dir "$OUT/run$1" \
+        --out "$OUT/job$1.json" run.eval_every=0
+}
+
+capture() { # NAME TP SECONDS LOADS...
+    local name="$1" ranks="$2" limit="$3"
+    shift 3
+    run "$name" "$limit" "$ranks" "$PYTHON" scripts/bench/capture.py --tp "$ranks" --mixed 384 "$@" \
+        --target "$OUT/$name.json"
+}
+
+step() {
+    case "$1" in
+    model) run model 240 0 "$PYTHON" -c \
+        'from r3.builtin import resolve_model as r; print(r("builtin:qwen3moe-1b", target_reward=0.35, seed=0))' ;;
+    tests) run tests 600 1 "$PYTHON" -m pytest -q -m gpu tests/gpu ;;
+    doctor) run doctor 240 1 "$PYTHON" -m r3.doctor replay --config grpo_qwen3moe_1gpu.yaml \
+        trainer.gpus_per_process=1 ;;
+    job1 | job2 | job4) job "${1#job}" ;;
+    replay) run replay 300 1 "$PYTHON" scripts/bench/replay.py --seconds "${REPLAY_SECONDS:-200}" \
+        --out "$OUT/replay.json" ;;
+    mismatch) run mismatch 500 1 "$PYTHON" scripts/bench/consistency.py --tokens "${TOKENS:-200000}" \
+        --dense builtin:qwen3-1b --out "$OUT/mismatch.json" -- rollout.prompts_per_step=512 ;;
+    gather) run gather 180 2 "$PYTHON" scripts/bench/gather.py --target "$OUT/gather.json" ;;
+    capture1 | capture2 | capture4) capture "$1" "${1#capture}" 700 --load batch=300 --load one=150 ;;
+    queue1 | queue2 | queue4) capture "$1" "${1#queue}" 900 --pairs 5 --load mixed=800 ;;
+    equality) capture equality 1 400 --load tee=200 ;;
+    *) printf '%s: no such step; there are %s\n' "$1" "$ALL" >&2; return 2 ;;
+    esac
+}
+
+lane() {
+    local failed=0 name
+    for name in "$@"; do step "$name" || failed=1; done
+    return "$failed"
+}
+
+printf '%s GPU(s); output in %s\n' "$(gpus)" "$OUT"
+if [ $# = 0 ]; then
+    # shellcheck disable=SC2086
+    lane $STEPS
+    exit
 fi
-step replay 300 "$PYTHON" scripts/bench/replay.py --seconds "${REPLAY_SECONDS:-200}" --out "$OUT/replay.json"
-step mismatch 400 "$PYTHON" scripts/bench/consistency.py --tokens "${TOKENS:-200000}" --out "$OUT/consistency.json" -- rollout.prompts_per_step=512
-exit "$FAILED"
+for one in "$@"; do
+    case "$one" in *=*) ;; *) printf '%s: a lane is GPUS=STEP,STEP, such as 0,1=job2\n' "$one" >&2; exit 2 ;; esac
+    # shellcheck disable=SC2046
+    (export CUDA_VISIBLE_DEVICES="${one%%=*}"; lane $(tr , ' ' <<<"${one#*=}")) &
+done
+failed=0
+for _ in "$@"; do wait -n || failed=1; done
+exit "$failed"

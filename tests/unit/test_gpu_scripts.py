@@ -88,3 +88,22 @@ def test_the_suite_says_in_a_line_what_became_of_a_step(tmp_path: Path, only_pyt
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("model")]
     assert "exit 1" in line
     assert "its warm start needs a GPU" in (tmp_path / "out" / "model.log").read_text()
+
+
+def test_the_suite_runs_lanes_side_by_side_and_names_what_it_does_not_know(
+    tmp_path: Path, only_python: dict[str, str]
+) -> None:
+    environment = only_python | {"CUDA_VISIBLE_DEVICES": ""}
+
+    def suite(*lanes: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "scripts/gpu_suite.sh", tmp_path / "out", *lanes]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+
+    done = suite("0=capture1,job2", "1=nonsense")
+    assert done.returncode == 1
+    assert "capture1  skipped       needs 1 GPUs" in done.stdout
+    assert "job2      skipped       needs 2 GPUs" in done.stdout
+    assert "nonsense: no such step; there are model tests" in done.stderr
+    refused = suite("capture1")
+    assert refused.returncode == 2
+    assert "a lane is GPUS=STEP,STEP" in refused.stderr
