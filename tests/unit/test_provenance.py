@@ -68,6 +68,43 @@ def test_a_clean_answer_is_exact_with_one_span() -> None:
     found.verify(TOKENS)
 
 
+@given(
+    data=st.data(),
+    prompt_len=st.integers(1, 5),
+    begin=st.integers(0, 7),
+    sampled=st.integers(1, 5),
+    first=st.integers(1, 3),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_plain_answer_is_one_that_has_no_stale_row(
+    data: st.DataObject, prompt_len: int, begin: int, sampled: int, first: int
+) -> None:
+    """Few operations tell what the rules for every single row tell, of answers that are right or nearly so."""
+    rows = prompt_len + sampled - 1 - begin
+    if rows < 1:
+        return
+    tokens = np.arange(4, 4 + sampled, dtype=np.int32)
+    where = begin + np.arange(rows)
+    wrote = tokens[np.maximum(where + 1 - prompt_len, 0)].copy()
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(0, 9)), max_size=2)):
+        wrote[place] = value
+    stamps = Stamps(wrote, tokens, (Weights(first, "1", 0),))
+    record = trace(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "_is_plain", lambda *_: False)
+        try:
+            expected = stamped(record, stamps, prompt_len, begin)
+        except RoutingError:
+            expected = None
+    plain = provenance._is_plain(stamps, prompt_len, begin)
+    if expected is None:
+        assert not plain
+        return
+    found = stamped(record, stamps, prompt_len, begin)
+    assert (found[0].spans, found[0].provenance, found[1]) == (expected[0].spans, "exact", expected[1])
+    assert plain == (not expected[1])
+
+
 def test_an_answer_without_stamps_stays_unknown() -> None:
     for absent in ({}, {KEY: None}, {KEY: []}, {KEY: [None, None]}):
         found, stale = with_provenance(trace(), absent, num_tokens=TOTAL, prompt_len=PROMPT)
