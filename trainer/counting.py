@@ -88,7 +88,7 @@ class MicrobatchCounts:
         if size:
             ids = self._record.layers(begin, begin + size)
             if self._maps:
-                self._count_used(columns, torch.stack(self._maps).gather(2, ids))
+                self._count_used(columns, torch.stack(self._maps).gather(2, ids).bool())
             if self._own:
                 self._compare(columns, torch.stack(self._own), ids)
         self._own.clear()

@@ -19,7 +19,7 @@ WAYS = ("off", "on", "stock", "ours")
 RETURNING = ("stock", "ours")
 # Over four rounds every way has every place once, and every other way in front of it once.
 ORDERS = ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
-_RESAMPLES = 2000
+_RESAMPLES = 500
 # Two-sided 95 % quantile of Student's t by number of pairs.
 STUDENT = dict(
     enumerate(
@@ -141,7 +141,6 @@ def rows_of(load: Load, rounds: Sequence[Round]) -> list[Row]:
         name = f"{load.name}, {way}"
         speed = statistics.median(load.tokens / run.seconds for run in runs)
         rows += _against(name, speed, "tokens/s", rounds, way, lambda run: 1 / run.seconds)
-        rows += _of_median_passes(f"{name}, of median passes", load, rounds, way)
         if all(run.gaps for run in runs):
             for key, what in (("p50", "median"), ("p99", "p99")):
                 waited = attrgetter(key)
@@ -154,6 +153,7 @@ def rows_of(load: Load, rounds: Sequence[Round]) -> list[Row]:
     alike = sum(len(passes_of(found)) == 1 for found in rounds)
     return [
         *rows,
+        *_of_median_passes(load, rounds),
         row(f"{load.name}, pairs", min(_pairs(rounds).values(), default=0), "pairs"),
         row(f"{load.name}, pairs in which every way made the same passes", alike, "count"),
     ]
@@ -188,23 +188,25 @@ def line_of(load: Load, number: int, runs: Round, longest: float) -> str:
     return f"{load.name}, pair {number}: {speeds} tokens/s, {shown}, {longest:.0f} s a round"
 
 
-def _of_median_passes(name: str, load: Load, rounds: Sequence[Round], way: str) -> list[Row]:
-    """Return the rows of a run in which every pass takes its median over the rounds; none where passes differ.
+def _of_median_passes(load: Load, rounds: Sequence[Round]) -> list[Row]:
+    """Return the rows of runs in which every pass takes its median over the rounds; none where passes differ.
 
     What a pass over prompts takes depends on how fast the host launches it, which changes from pass to pass by more
-    than the ways differ. The interval draws rounds anew, for both ways the same ones.
+    than the ways differ. The interval draws rounds anew, for all ways the same ones.
     """
     complete = [found for found in rounds if len(found) == len(rounds[0])]
     if len(complete) < 3 or len({len(run.parts) for found in complete for run in found.values()} | {0}) != 2:
         return []
-    parts = {other: np.array([found[other].parts for found in complete]) for other in complete[0]}
+    ways = [way for way in WAYS if way in complete[0]]
+    parts = {way: np.array([found[way].parts for found in complete]) for way in ways}
     draws = np.random.default_rng(0).integers(0, len(complete), (_RESAMPLES, len(complete)))
-    drawn = {other: np.array([_median_run(found[draw]) for draw in draws]) for other, found in parts.items()}
-    own = _median_run(parts[way])
+    drawn = {way: np.array([_median_run(parts[way][draw]) for draw in draws]) for way in ways}
+    whole = {way: _median_run(parts[way]) for way in ways}
     return [
-        row(name, load.tokens / own, "tokens/s", other, _median_run(found) / own,
-            np.percentile(drawn[other] / drawn[way], (2.5, 97.5)))
-        for other, found in parts.items()
+        row(f"{load.name}, {way}, of median passes", load.tokens / whole[way], "tokens/s", other,
+            whole[other] / whole[way], np.percentile(drawn[other] / drawn[way], (2.5, 97.5)))
+        for way in ways
+        for other in ways
         if other != way
     ]  # fmt: skip
 
