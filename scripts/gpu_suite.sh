@@ -34,7 +34,16 @@ run() {
     [ "$code" = 0 ]
 }
 
-gpus() { "$HERE/gpu_host.sh" "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0; }
+# Prints how many GPUs a step sees: those of its lane, as far as they are there.
+gpus() {
+    local found mine
+    found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        mine=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+        if [ "$mine" -lt "$found" ]; then found=$mine; fi
+    fi
+    echo "$found"
+}
 
 job() { # GPUS
     run "job$1" 420 "$1" "$PYTHON" scripts/bench/job.py --config "grpo_qwen3moe_$1gpu.yaml" --dir "$OUT/run$1" \
