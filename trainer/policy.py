@@ -312,7 +312,7 @@ def _routing(
     recorded = microbatch.recorded
     if use is not None and use.sampled_rows:
         recorded = recorded & microbatch.sampled
-    looks = use is not None and (use.compare or use.keep or use.fault is not None)
+    only_replays = use is not None and use.force and not (use.compare or use.keep or use.fault is not None)
     return MicrobatchRouting(
         experts=tensor(microbatch.experts) if needed and microbatch.experts is not None else None,
         recorded=tensor(recorded),
@@ -324,7 +324,7 @@ def _routing(
         own=own if use is not None and use.keep else None,
         trace=use is not None and use.trace,
         compare=use is not None and use.compare,
-        unrecorded=None if looks else tensor(np.flatnonzero(~recorded.T)),
+        unrecorded=tensor(np.flatnonzero(~recorded.T)) if only_replays else None,
     )
 
 
