@@ -64,16 +64,7 @@ def model_b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sglang_worker(ray_session: None, model_a: Path) -> Iterator[Callable[..., Any]]:
     """Return a function `(method, *args, **kwargs)` that calls a method of `Host` and waits for its value."""
-    import ray
+    from tests.real_engine import Host, engine_config, running
 
-    from tests.real_engine import Host, engine_config
-
-    actor = ray.remote(Host).options(num_cpus=1).remote(engine_config(), str(model_a), 0)
-
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=300)
-
-    call("start")
-    yield call
-    call("close")
-    ray.kill(actor)
+    with running(Host, engine_config(), model_a) as call:
+        yield call

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from r3.config import Config
@@ -85,3 +87,19 @@ class StockHost(Host):
         """Start the engine."""
         plugin_entry.hide()
         return super().start()
+
+
+@contextmanager
+def running(host: type[Host], config: Config, model: Path, gpus: float = 0) -> Iterator[Callable[..., Any]]:
+    """Start an engine in an actor of kind `host`; yield a function `(method, *args, **kwargs)` that calls it."""
+    import ray
+
+    actor = ray.remote(host).options(num_cpus=1, num_gpus=gpus).remote(config, str(model), 0)
+
+    def call(method: str, *arguments: Any, **options: Any) -> Any:
+        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=400)
+
+    call("start")
+    yield call
+    call("close")
+    ray.kill(actor)

@@ -14,9 +14,7 @@ CHUNK, SLOTS = 32, 2048
 @pytest.fixture(scope="session", params=["overlap", pytest.param("no overlap", marks=pytest.mark.slow)])
 def stamping(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Return a function that calls a method of `StampingHost`; the engine runs with and without overlap scheduling."""
-    import ray
-
-    from tests.real_engine import StampingHost, engine_config
+    from tests.real_engine import StampingHost, engine_config, running
 
     arguments = {
         "disable_overlap_schedule": request.param == "no overlap",
@@ -26,12 +24,14 @@ def stamping(ray_session: None, model_a: Path, request: pytest.FixtureRequest) -
     }
     routing = {"provenance": "require", "shared_memory": "require", "shared_mib": 1}
     config = engine_config(routing=routing, max_total_tokens=SLOTS, engine_args=arguments)
-    actor = ray.remote(StampingHost).options(num_cpus=1).remote(config, str(model_a), 0)
+    with running(StampingHost, config, model_a) as call:
+        yield call
 
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=300)
 
-    call("start")
-    yield call
-    call("close")
-    ray.kill(actor)
+@pytest.fixture
+def stock(ray_session: None, model_a: Path) -> Iterator[Callable[..., Any]]:
+    """The same of an engine without the plugin, whether this package is installed or not."""
+    from tests.real_engine import StockHost, engine_config, running
+
+    with running(StockHost, engine_config(), model_a) as call:
+        yield call

@@ -95,16 +95,13 @@ def test_a_byte_that_changes_on_the_way_is_found_and_the_engine_stops_answering(
 
 
 @pytest.mark.slow
-def test_a_stock_engine_says_that_it_does_not_verify(
-    sglang_worker: Worker, senders: Senders, model_a: Path, model_b: Path
-) -> None:
+def test_a_stock_engine_says_that_it_does_not_verify(stock: Worker, senders: Senders, model_b: Path) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
     senders.take(model_b, 41, corrupt=2)
-    worker = OneWorker(sglang_worker)
+    worker = OneWorker(stock)
     with WeightSync(
         weights_config(transport="ipc"), worker, senders, lambda kind, **facts: events.append((kind, facts))
     ) as sync:
         sync.push()
     assert [kind for kind, _ in events] == ["weights_transport", "weights_unverified"]
     assert "r3_provenance" in events[1][1]["reason"]
-    sglang_worker("engine", "load_weights", model_a, 42)

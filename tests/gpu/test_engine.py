@@ -19,7 +19,7 @@ from r3.rollout.engine import Generation, Request, Sampling
 from tests.engines import reference, scenarios
 from tests.engines.agreement import Agreement, agreement
 from tests.megatron.toys import SIZES_FOR_KERNELS, write_model
-from tests.real_engine import StampingHost, engine_config
+from tests.real_engine import StampingHost, engine_config, running
 from tests.tiny_model import EOS, VOCAB_SIZE
 
 pytestmark = pytest.mark.gpu
@@ -50,14 +50,8 @@ def engine(model: Path, gpus: float) -> Iterator[Worker]:
     import torch
 
     ray.init(address="local", num_gpus=torch.cuda.device_count(), include_dashboard=False, log_to_driver=False)
-    actor = ray.remote(StampingHost).options(num_cpus=1, num_gpus=gpus).remote(gpu_config(gpus), str(model), 0)
-
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=400)
-
-    call("start")
-    yield call
-    call("close")
+    with running(StampingHost, gpu_config(gpus), model, gpus) as call:
+        yield call
     ray.shutdown()
 
 
