@@ -13,7 +13,7 @@ from r3.types import ModelSpec
 from tests.engines import reference
 from tests.engines.test_sglang import assert_same_experts, buckets, generate, requests
 from tests.megatron.toys import write_mixtral
-from tests.real_engine import Host, engine_config
+from tests.real_engine import Host, engine_config, running
 
 pytestmark = pytest.mark.engine
 
@@ -26,17 +26,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def worker(ray_session: None, models: tuple[Path, Path]) -> Iterator[Callable[..., Any]]:
-    import ray
-
-    actor = ray.remote(Host).options(num_cpus=1).remote(engine_config(), str(models[0]), 0)
-
-    def call(method: str, *arguments: Any, **options: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments, **options), timeout=300)
-
-    call("start")
-    yield call
-    call("close")
-    ray.kill(actor)
+    with running(Host, engine_config(), models[0]) as call:
+        yield call
 
 
 def assert_samples(worker: Callable[..., Any], model: Path, seed: int) -> None:
