@@ -13,6 +13,7 @@ import numpy as np
 from r3.rollout.provenance import KEY
 from r3.rollout.segment import Ticket
 from r3.rollout.sglang_plugin.ledger import Ledger
+from r3.rollout.sglang_plugin.onecopy import OneCopy
 from r3.rollout.sglang_plugin.returns import Returns, Statement
 from r3.rollout.sglang_plugin.rows import RowStore, narrowed
 from r3.rollout.sglang_plugin.tickets import TICKET_KEY
@@ -60,6 +61,7 @@ class Hooks:
         self._num_experts: int | None = None
         self._store: RowStore | None = None
         self._returns: Returns | None = None
+        self._one_copy = OneCopy()
         self._is_mute = False  # a rank that captures what others capture, and answers nobody
 
     def run_batch(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,11 +119,16 @@ class Hooks:
         cache.buffer = None
         return None
 
+    def capture(self, original: Callable[..., Any], cache: Any, layer_id: int, topk_indices: Any) -> None:
+        """Keep a layer's ids for one copy of all."""
+        self._one_copy.capture(original, cache, layer_id, topk_indices)
+
     def on_forward_end(
         self, original: Callable[..., Any], capturer: Any, forward_batch: Any, can_run_graph: Any = None,
         cuda_graph_batch: Any = None, no_copy_to_cpu: bool = False,
     ) -> Any:  # fmt: skip
         """Number the pass and narrow its ids; store both at once, or leave them on the output finalized later."""
+        self._one_copy.end_pass()
         store = _store_of(capturer)
         if store is not None and self._is_mute:
             return None

@@ -45,6 +45,7 @@ POINTS: tuple[Point, ...] = (
           ("self", "num_tokens", "num_layers", "topk_size", "name")),
     # 0.5.17 frees its buffer with the process.
     Point(f"{_CAPTURE}.BaseHostCache.destroy", "drop_host_cache", ("self",), optional=True),
+    Point(f"{_CAPTURE}.BaseDeviceCache.capture", "capture", ("self", "layer_id", "topk_indices")),
     Point(f"{_CAPTURE}.BaseTopkCapturer.on_forward_end", "on_forward_end",
           ("self", "forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu")),
     Point(f"{_CAPTURE}.TopkCaptureOutput.finalize", "finalize", ("self",)),
@@ -61,6 +62,7 @@ POINTS: tuple[Point, ...] = (
 # Attributes that the constructors of these classes set, and that the hooks use.
 _ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     f"{_MANAGERS}.schedule_batch.Req": ("customized_info", "return_routed_experts", "routed_experts", "output_ids"),
+    f"{_CAPTURE}.BaseDeviceCache": ("buffer", "name"),
     f"{_CAPTURE}.BaseHostCache": ("num_tokens", "buffer"),
     f"{_CAPTURE}.BaseTopkCapturer": ("host_cache",),
     _SCHEDULER: ("server_args",),

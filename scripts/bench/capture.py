@@ -173,7 +173,7 @@ def equality(bench: Any, load: Load, options: argparse.Namespace, until: float) 
 
 
 def sizes(bench: Any) -> list[Row]:
-    """Return what the rows of KV slots take in host memory, per rank."""
+    """Return what the rows of KV slots take in host memory, and how many layers' ids travel together, per rank."""
     rows = []
     for rank, found in enumerate(bench.facts()):
         pinned = found["stock_bytes"] if found["stock_pinned"] else 0
@@ -181,6 +181,7 @@ def sizes(bench: Any) -> list[Row]:
             row(f"pinned slot rows, stock, rank {rank}", pinned, "bytes"),
             row(f"pinned slot rows, ours, rank {rank}", 0, "bytes", "stock", 0.0 if pinned else 1.0),
             row(f"slot rows in ordinary memory, ours, rank {rank}", found["ours_bytes"], "bytes"),
+            row(f"layers whose ids are copied once a pass, ours, rank {rank}", found["copied_at_once"], "layers"),
         ]
         for name in ("stock", "ours"):
             size = found[f"{name}_bytes"] / found["slots"] * 1e6 / 2**30

@@ -1,9 +1,10 @@
 """A plugin for `scripts/bench/capture.py` alone: one engine that can capture and return routing in several ways.
 
-Ways are switched at run time, while the engine is idle: `off` (no capturer, and CUDA graphs that were captured without
-one), `stock` (SGLang's own code throughout), `ours` (the plugin `r3_provenance` as it ships), `tee` (both, from the
-same passes). `tee` gives SGLang's own buffer a copy of the ids, as 0.5.23 does; `tee_raw` leaves it what 0.5.17 hands
-on, a view of the buffer that the next pass writes.
+Ways are switched at run time, while the engine is idle, each with decode graphs of its own: `off` (no capturer, no copy
+of ids in a graph), `stock` (SGLang's own code throughout, a copy for every layer), `ours` (the plugin `r3_provenance`
+as it ships, one copy a pass), `tee` (both, from the same passes: every layer's ids are copied to SGLang's buffer, and
+once a pass to a second one). `tee` gives SGLang's own rows a copy of its buffer, as 0.5.23 does; `tee_raw` leaves them
+what 0.5.17 hands on, a view of the buffer that the next pass writes.
 
 It also holds the scheduler back until all requests of a run wait: which of them had arrived when a pass was formed
 would otherwise be chance, and every later pass would follow from it.
@@ -15,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from r3.rollout.sglang_plugin import hooks as product
@@ -24,6 +26,7 @@ from r3.rollout.sglang_plugin.rows import RowStore, narrowed
 
 _WAY, _FLAT = "bench_way", "bench_flat"
 _TEES = ("tee", "tee_raw")
+_GRAPHS = {"tee_raw": "tee"}  # which way's graphs another way runs
 _EXTRA = (
     Point("sglang.srt.state_capturer.base.TopkCaptureOutput.map_device_tensors", "map_tensors", ("self", "fn")),
     Point("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", "plan_prefill", ("self", "running_batch")),
@@ -38,10 +41,11 @@ class Ways(product.Hooks):
         self.way = "stock"
         self.ours: RowStore | None = None
         self.cache: Any = None
+        self.twin: Any = None  # of SGLang's device buffer, for a tee
         self.passes: list[tuple[float, int]] = []
         self.awaited = self.queued = 0
         self.released: float | None = None
-        self.runners: dict[bool, Any] = {}
+        self.runners: dict[str, Any] = {}
         self.capturer: Any = None
         self.ways_returns: Any = None
 
@@ -54,8 +58,18 @@ class Ways(product.Hooks):
         self.ours = RowStore(slots, cache.num_layers, cache.topk_size, self._num_experts or 0)
         self._store = None if self._is_mute else self.ours
 
+    def capture(self, original: Callable[..., Any], cache: Any, layer_id: int, topk_indices: Any) -> None:
+        """Copy a layer's ids as SGLang does, as the plugin does, or as both do."""
+        if self.way == "ours":
+            super().capture(original, cache, layer_id, topk_indices)
+            return
+        original(cache, layer_id, topk_indices)
+        if self.way in _TEES and cache.name == self.twin.name:
+            super().capture(_put, self.twin, layer_id, topk_indices)
+
     def on_forward_end(self, original: Callable[..., Any], capturer: Any, *args: Any, **kw: Any) -> Any:
         """Leave the pass to SGLang, to the plugin, or to both."""
+        self._one_copy.end_pass()
         if self.way == "stock" or (self._is_mute and self.way in _TEES):
             return original(capturer, *args, **kw)
         if self.way == "ours":
@@ -64,7 +78,8 @@ class Ways(product.Hooks):
             assert self.ours is not None
             at_once = not kw.get("no_copy_to_cpu", False)
             pending = original(capturer, *args, **(kw | {"no_copy_to_cpu": True}))
-            setattr(pending, _FLAT, narrowed(pending.topk, self.ours.num_experts))
+            ids = self.twin.buffer[: len(pending.topk), :, : pending.topk.shape[2]]
+            setattr(pending, _FLAT, narrowed(ids, self.ours.num_experts))
             if self.way == "tee":
                 pending.topk = pending.topk.clone()
             setattr(pending, product._JOBS, self._returns.submitted if self._returns else 0)
@@ -166,14 +181,14 @@ class Ways(product.Hooks):
         runner = scheduler.tp_worker.model_runner
         if not self.runners:
             self.capturer = get_global_experts_capturer()
-            self.runners[True] = runner.decode_cuda_graph_runner
-            if self.runners[True] is None:
-                self.runners[False] = None  # a CPU has no graphs to capture again
-        if way == "off" and False not in self.runners:
-            self._capture_without(runner)
+            self.runners["stock"] = runner.decode_cuda_graph_runner
+            device = self.capturer.device_cache
+            self.twin = SimpleNamespace(name=device.name, buffer=device.buffer.clone())
         set_global_experts_capturer(None if way == "off" else self.capturer)
-        runner.decode_cuda_graph_runner = self.runners[way != "off"]
-        self.way = way
+        self.way, graphs = way, _GRAPHS.get(way, way)
+        if graphs not in self.runners:
+            self.runners[graphs] = self._captured(runner)
+        runner.decode_cuda_graph_runner = self.runners[graphs]
         self._ledger.enabled = way not in ("stock", "off")
         if self.ways_returns is None:
             self.switch_returns(scheduler, path)
@@ -181,18 +196,17 @@ class Ways(product.Hooks):
         self._returns = self.ways_returns if self._ledger.enabled else None
         self._show()
 
-    def _capture_without(self, runner: Any) -> None:
-        """Capture a second set of decode graphs, in which no layer writes ids, over the buffers of the first."""
-        from sglang.srt.state_capturer.routed_experts import set_global_experts_capturer
-
-        set_global_experts_capturer(None)
+    def _captured(self, runner: Any) -> Any:
+        """Return decode graphs captured in the way of the moment, over the buffers of the first; a CPU has none."""
+        if self.runners["stock"] is None:
+            return None
         backend = runner.attn_backend
-        backend.init_cuda_graph_state = lambda *a, **k: None  # both sets of graphs read the same state
+        backend.init_cuda_graph_state = lambda *a, **k: None  # all sets of graphs read the same state
         try:
             runner.init_decode_cuda_graph()
         finally:
             del backend.init_cuda_graph_state
-        self.runners[False] = runner.decode_cuda_graph_runner
+        return runner.decode_cuda_graph_runner
 
     def _show(self) -> None:
         if self.way == "ours":
@@ -223,11 +237,16 @@ class Ways(product.Hooks):
             "stock_bytes": int(buffer.numel() * buffer.element_size()),
             "stock_pinned": bool(buffer.is_pinned()) if _has_cuda() else False,
             "ours_bytes": int(self.ours.rows.nbytes),
+            "copied_at_once": len(self._one_copy.layers) if self._one_copy.refusal is None else 0,
             "pinned": _pinned_beside(buffer) if _has_cuda() else None,
         }
         Path(f"{path}.{_rank()}").write_text(json.dumps(found))
         if trim and _has_cuda():
             _trim()
+
+
+def _put(cache: Any, layer_id: int, ids: Any) -> None:
+    cache.buffer[: len(ids), layer_id, :] = ids
 
 
 def _rank() -> int:
