@@ -6,9 +6,9 @@ written at its slots. Between a token's log-prob and the end of its request a ro
 (entry point `r3_provenance` of SGLang's official group `sglang.srt.plugins`) keeps one int32 beside each of those rows,
 the number of the pass that wrote it, and of each request the pass behind each of its sampled tokens.
 
-Why it holds under CUDA graphs: nothing of it runs inside a forward pass. A captured graph writes expert ids into a
-device buffer, replay after replay; the plugin acts where the host takes that buffer over, in `on_forward_end`, which
-runs in Python after every pass, replayed or not. A pass gets its number there.
+Why it holds under CUDA graphs: no number is made inside a forward pass. A captured graph writes expert ids into a
+device buffer, replay after replay (in one copy, `onecopy`); the plugin acts where the host takes that buffer over, in
+`on_forward_end`, which runs in Python after every pass, replayed or not. A pass gets its number there.
 
 Why it holds under overlap scheduling: there the scatter into the host rows is put off until the pass is done
 (`TopkCaptureOutput.finalize`), while the scheduler already prepares and starts the next pass. The number is put on the
