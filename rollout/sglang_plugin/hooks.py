@@ -297,6 +297,11 @@ class Hooks:
             raise RuntimeError("the engine captures no routing, or its model does not say how many experts it has")
         self._returns = Returns(self._store, path)
 
+    def require_one_copy(self) -> None:
+        """Raise `RuntimeError` with the reason where ids are copied layer by layer; `collective_rpc` calls it."""
+        if self._one_copy.refusal is not None or not self._one_copy.layers:
+            raise RuntimeError(self._one_copy.refusal or "no pass was compared with SGLang's own copies yet")
+
     def on_pause(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
         """Gather what is queued where the engine rests: no pass may follow for long, and a client waits for it.
 

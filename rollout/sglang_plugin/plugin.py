@@ -92,6 +92,7 @@ def register() -> None:
     # `Engine.collective_rpc` calls methods of the scheduler by name.
     scheduler.Scheduler.r3_provenance = lambda self, enabled: hooks.switch(self, enabled)
     scheduler.Scheduler.r3_returns = lambda self, path: hooks.switch_returns(self, path)
+    scheduler.Scheduler.r3_one_copy = lambda self: hooks.require_one_copy()
     _verify_weights(scheduler.Scheduler)
 
 

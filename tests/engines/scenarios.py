@@ -181,3 +181,12 @@ def is_view(adapter: SglangEngine, request: Request) -> bool:
     begin = segment.__array_interface__["data"][0]
     inside = begin <= answer.routing.experts.__array_interface__["data"][0] < begin + len(segment)
     return inside
+
+
+def layered_copies(adapter: SglangEngine) -> str:
+    """Return why the engine copies expert ids layer by layer, empty where it copies those of all layers at once."""
+    try:
+        adapter._engine.collective_rpc("r3_one_copy")
+    except (AssertionError, RuntimeError) as error:
+        return str(error)
+    return ""

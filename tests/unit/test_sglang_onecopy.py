@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from r3.rollout.sglang_plugin import onecopy
+from r3.rollout.sglang_plugin.hooks import Hooks
+from r3.rollout.sglang_plugin.ledger import Ledger
 from r3.rollout.sglang_plugin.onecopy import OneCopy
 
 TOKENS, LAYERS, K = 32, 6, 2
@@ -161,7 +163,8 @@ def test_what_a_failed_pass_left_is_dropped() -> None:
 
 
 def test_other_caches_and_compilers_get_sglangs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [Engine(name="indexer").run() for _ in range(3)] == [LAYERS] * 3
+    engine = Engine(name="indexer")
+    assert [engine.run() for _ in range(3)] == [LAYERS] * 3
     engine = Engine()
     engine.run()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -214,3 +217,28 @@ def test_a_graph_that_goes_another_way_has_copies_of_every_layer(monkeypatch: py
         engine.router(layer, engine.ids(4))
     assert engine.is_right()
     assert engine.copy.refusal is not None
+
+
+def test_the_plugin_copies_before_sglang_reads_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r3.rollout.sglang_plugin.hooks._captures_routing", lambda capturer: True)
+    ledger = Ledger()
+    engine, hooks = Engine(), Hooks(ledger)
+    engine.copy, ledger.enabled = hooks._one_copy, False
+    with pytest.raises(RuntimeError, match="no pass was compared"):
+        hooks.require_one_copy()
+    engine.run()
+    engine.run()
+    hooks.require_one_copy()
+    for layer in ALL[:3]:
+        ids = engine.ids(4)
+        engine.expected[:4, layer] = ids
+        hooks.capture(engine.sglang, engine.cache, layer_id=layer, topk_indices=ids)
+
+    def read(*args: Any, **options: Any) -> str:
+        assert engine.is_right()
+        return "read"
+
+    capturer = SimpleNamespace(host_cache=SimpleNamespace(num_tokens=32))
+    assert hooks.on_forward_end(read, capturer, forward_batch=None) == "read"
+    with pytest.raises(RuntimeError, match="a pass ended behind layers"):
+        hooks.require_one_copy()
