@@ -251,3 +251,29 @@ def test_the_command_line_is_checked(capsys: pytest.CaptureFixture[str]) -> None
     plan = capture.plan_of("batch", 300, capture.loads_of(options_of())["batch"], options_of())
     assert "32768 tokens a run" in plan
     assert "5.7 pairs fit" in plan  # one run is not counted
+
+
+@pytest.mark.parametrize(
+    ("way", "own_copies", "in_twin"), [("off", 4, False), ("stock", 4, False), ("tee", 4, True), ("ours", 2, False)]
+)
+def test_each_way_copies_ids_as_its_name_says(way: str, own_copies: int, in_twin: bool) -> None:
+    import torch
+
+    ways, copies = capture_plugin.Ways(), []
+    ways.way = way
+    cache, ways.twin = (
+        SimpleNamespace(name="routed_experts", buffer=torch.full((3, 2, 1), -1, dtype=torch.int32)) for _ in range(2)
+    )
+
+    def original(cache: Any, layer: int, ids: Any) -> None:
+        copies.append(layer)
+        capture_plugin._put(cache, layer, ids)
+
+    for number in range(2):
+        for layer in range(2):
+            ids = torch.full((3, 1), 10 * number + layer, dtype=torch.int32)
+            ways.capture(original, cache, layer_id=layer, topk_indices=ids)
+    assert len(copies) == own_copies
+    assert cache.buffer[:, :, 0].tolist() == [[10, 11]] * 3
+    assert ways.twin.buffer[:, :, 0].tolist() == ([[10, 11]] if in_twin else [[-1, -1]]) * 3
+    assert (ways._one_copy.layers == (0, 1)) == (way in ("tee", "ours"))
