@@ -17,6 +17,9 @@ A round runs each way once, in an order by which every way follows every other. 
 the median of `off`, with a 95 % bootstrap interval over rounds: a step that something else on the host held up would
 move a mean by more than replay does. Where most steps are held up, the fastest tenth of each way (its 10th percentile)
 says more than the median. The table, with the seconds of every round under `raw`, is written after each round.
+
+`--profile N` adds, behind the rounds, N steps of each way under torch's profiler: what its kernels take, how many there
+are, and those in which a way differs most from `off` (operators, where there is no GPU).
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ from tests.megatron.toys import make_advantages, make_config, make_trace, write_
 
 WAYS = ("off", "r3", "native")
 ORDERS = tuple(permutations(WAYS))
+_SHOWN = 12  # kernels of a profile
 _OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "replay.json"
 
 
@@ -191,6 +195,33 @@ def make_batch(spec: ModelSpec, tokens: int, length: int, routing: bool) -> Batc
     return Batch.pack(made)
 
 
+def profiled(bench: Bench, steps: int) -> list[Row]:
+    """Return the rows of what the device (without one, the CPU) works in a step of each way, by profile."""
+    on_gpu = torch.cuda.is_available()
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for way in WAYS:
+        with torch.profiler.profile(activities=[kind]) as profile:
+            for _ in range(steps):
+                bench.run(way)
+        found[way] = {
+            one.key: ((one.self_device_time_total if on_gpu else one.self_cpu_time_total) / steps, one.count / steps)
+            for one in profile.key_averages()
+        }
+    base, rows = found["off"], []
+    for way, parts in found.items():
+        total, count = (sum(part[i] for part in parts.values()) for i in (0, 1))
+        rows += [
+            row(f"{way}, profile, all kernels", total / 1e3, "ms", "off, profile, all kernels",
+                total / sum(part[0] for part in base.values())),
+            row(f"{way}, profile, kernels", count, "count"),
+        ]  # fmt: skip
+        more = {key: parts.get(key, (0.0, 0.0))[0] - base.get(key, (0.0, 0.0))[0] for key in {*parts, *base}}
+        for key in sorted(more, key=lambda key: -abs(more[key]))[: _SHOWN if way != "off" else 0]:
+            rows.append(row(f"{way}, profile, above off: {key[:90]}", more[key] / 1e3, "ms"))
+    return rows
+
+
 def rows_of(rounds: Sequence[dict[str, Run]], tokens: int) -> list[Row]:
     """Return the table's rows."""
     rows = []
@@ -241,6 +272,9 @@ def main() -> None:
             rows = rows_of(rounds, bench.tokens)
             raw = {way: [round(one[way].seconds, 5) for one in rounds] for way in WAYS}
             write(options.out, made | {"raw": raw}, rows)
+        if rounds and options.profile:
+            rows += profiled(bench, options.profile)
+            write(options.out, made | {"raw": raw}, rows)
         if not rounds:
             sys.exit(f"no round fits into --seconds {options.seconds:g}")
         for one in rows:
@@ -262,6 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=18)
     parser.add_argument("--warm-up", type=int, default=4, help="rounds that are not counted")
     parser.add_argument("--seconds", type=float, default=600, help="no new round begins after this")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="steps of each way to profile (default none)"
+    )
     parser.add_argument("--out", type=Path, default=_OUT)
     return parser
 
