@@ -299,7 +299,7 @@ class Hooks:
 
     def require_one_copy(self) -> None:
         """Raise `RuntimeError` with the reason where ids are copied layer by layer; `collective_rpc` calls it."""
-        if self._one_copy.refusal is not None or not self._one_copy.layers:
+        if not self._one_copy.layers:
             raise RuntimeError(self._one_copy.refusal or "no pass was compared with SGLang's own copies yet")
 
     def on_pause(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:

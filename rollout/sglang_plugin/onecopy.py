@@ -29,8 +29,8 @@ Capture = Callable[[Any, int, torch.Tensor], None]
 class OneCopy:
     """Keeps the ids of a pass; used around `BaseDeviceCache.capture`, whose buffer is `[tokens, layers, k]`.
 
-    `layers`: the layers whose ids it copies, none before a pass was compared. `refusal`: why it leaves all copying to
-    SGLang, None while it does not.
+    `layers`: the layers whose ids it copies, none before a pass was compared. `refusal`: why it copies none and never
+    will, None while it may.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class OneCopy:
             self._begin_pass(cache.buffer, ids)
         if self.layers and not self._is_next(layer_id, ids):
             self._refuse(f"layer {layer_id} with ids {list(ids.shape)} came behind layers {self._seen}")
-        if not self.layers or self.refusal is not None:
+        if not self.layers:
             original(cache, layer_id, ids)
         if self.refusal is None and (self.layers or not self._in_graph):
             self._seen.append(layer_id)
@@ -102,8 +102,7 @@ class OneCopy:
         """Copy what is kept layer by layer, as part of a graph that is under capture, and leave the rest to SGLang."""
         for layer, ids in zip(self._seen, self._kept, strict=False):
             self._buffer[: len(ids), layer, :] = ids
-        self._kept = []
-        self.refusal = reason
+        self._kept, self.layers, self.refusal = [], (), reason
         logger.info("r3_provenance: the ids of every layer are copied on their own: %s", reason)
 
     def _require_whole_graph(self) -> None:

@@ -237,7 +237,7 @@ class Ways(product.Hooks):
             "stock_bytes": int(buffer.numel() * buffer.element_size()),
             "stock_pinned": bool(buffer.is_pinned()) if _has_cuda() else False,
             "ours_bytes": int(self.ours.rows.nbytes),
-            "copied_at_once": len(self._one_copy.layers) if self._one_copy.refusal is None else 0,
+            "copied_at_once": len(self._one_copy.layers),
             "pinned": _pinned_beside(buffer) if _has_cuda() else None,
         }
         Path(f"{path}.{_rank()}").write_text(json.dumps(found))
