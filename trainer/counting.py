@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from r3.audit import LAGS
 from r3.trainer.routed import AuditPairs, MicrobatchRouting, RoutedRecord
 from r3.trainer.tally import Tally
 
@@ -68,7 +69,7 @@ class MicrobatchCounts:
 
     @cached_property
     def _audit(self) -> AuditPairs | None:
-        # Made while the device works on the first layers: before them it would wait for it.
+        # Made when a block is counted, which is when the device has work: before its first layers it would wait.
         return None if self._routing.audit is None else self._routing.audit()
 
     def _full(self, own: torch.Tensor, routing_map: torch.Tensor | None) -> bool:
@@ -78,8 +79,7 @@ class MicrobatchCounts:
         if self._routing.compare:
             # Ids of both sides and every id with every other.
             size += rows * k * (16 + k)
-        if self._audit is not None:
-            size += len(self._audit.own) * k * (16 + k)
+        size += len(LAGS) * self._routing.audited * k * (16 + k)
         return (self._size + 1) * size > ROOM_BYTES
 
     def _count(self) -> None:

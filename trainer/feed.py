@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import overload
 
 from r3.trainer.batching import Form, MicroBatch, StepBatch, microbatch
+from r3.trainer.parallel import device
 from r3.trainer.records import DeferredChecks
 from r3.types import ModelSpec
 
@@ -26,7 +27,7 @@ class MicroBatches(Sequence[MicroBatch]):
         self._made: list[MicroBatch | None] = [None] * len(samples)
         shapes = [form.shape([len(step.trajectories[i].tokens) for i in part]) for part in samples]
         self.shape = max(rows for rows, _ in shapes), max(length for _, length in shapes)
-        self.checks = DeferredChecks()
+        self.checks = DeferredChecks(hold=device().type == "cuda")
         self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -72,6 +73,12 @@ class StepShare:
     def seconds(self) -> float:
         """Spent so far on bringing the records into microbatches."""
         return self.planned_s + self.microbatches.seconds
+
+
+def begin_checks(microbatches: Sequence[MicroBatch]) -> None:
+    """Begin with the checks that are held until a pass over the microbatches has given the device all of its work."""
+    if isinstance(microbatches, MicroBatches):
+        microbatches.checks.begin()
 
 
 def largest_shape(microbatches: Sequence[MicroBatch]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
 from r3.trainer.convert import WeightExport
-from r3.trainer.feed import largest_shape
+from r3.trainer.feed import begin_checks, largest_shape
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func, parallel_state
 from r3.trainer.packing import Packing
@@ -229,7 +229,7 @@ class Policy:
         The reports are those of the rank that speaks for its tokens (`Place.reports`), the others have none.
         """
         where = device()
-        own: tuple[dict[int, torch.Tensor], ...] = tuple({} for _ in microbatches)
+        own: tuple[dict[int, torch.Tensor], ...] = tuple({} for _ in range(len(microbatches)))
 
         def forward_step(source: Any, module: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., LossOutput]]:
             index, microbatch = next(source)
@@ -257,6 +257,7 @@ class Policy:
                 micro_batch_size=most_rows,
                 forward_only=forward_only,
             )
+            begin_checks(microbatches)
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())
         return _Ran(reports if self.place.reports else [], tally.counts(rows), tally, own)
 
@@ -309,6 +310,7 @@ def _routing(
         return AuditPairs.of(rows, where)
 
     needed = use is not None and (use.force or use.compare or use.keep)
+    audits = use is not None and use.audit
     recorded = microbatch.recorded
     if use is not None and use.sampled_rows:
         recorded = recorded & microbatch.sampled
@@ -318,7 +320,8 @@ def _routing(
         recorded=tensor(recorded),
         pads=tensor(microbatch.pads),
         force=use is not None and use.force,
-        audit=audit if use is not None and use.audit else None,
+        audit=audit if audits else None,
+        audited=int(np.count_nonzero(microbatch.windows >= 0)) if audits else 0,
         layers=None if use is None else use.layers,
         fault=None if use is None else use.fault,
         own=own if use is not None and use.keep else None,

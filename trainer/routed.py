@@ -44,13 +44,14 @@ class AuditPairs:
         begins, zero = [0, *accumulate(sizes)], LAGS.index(0)
         kinds = 2 * np.repeat(np.arange(len(LAGS)), sizes) + np.concatenate(rows.sampled)
         classes = kinds[:, None] == np.arange(2 * len(LAGS))
-        places = upload(np.stack([np.concatenate(rows.own), np.concatenate(rows.record)]), where)
+        # In one piece: on a GPU most of so small a copy is its call.
+        places = upload(np.concatenate([*rows.own, *rows.record, rows.window]), where)
         return cls(
-            own=places[0],
-            record=places[1],
+            own=places[: begins[-1]],
+            record=places[begins[-1] : 2 * begins[-1]],
             classes=upload(classes, where).double(),
             lag0=slice(begins[zero], begins[zero + 1]),
-            window=upload(rows.window, where),
+            window=places[2 * begins[-1] :],
             pairs=classes.sum(0, dtype=np.int64).reshape(len(LAGS), 2),
             window_pairs=np.bincount(rows.window, minlength=AUDIT_WINDOWS),
         )
@@ -60,14 +61,14 @@ class AuditPairs:
 class MicrobatchRouting:
     """What the routers of this rank need to know of one microbatch, on the model's device; `[b, s]` are its rows.
 
-    `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
-    and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
-    rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
-    model's own choice. `pads` bool `[b, s]`. The rows of `audit`, made when they are first asked for, are also compared
-    with the record shifted by one row in both directions. `layers`, `fault` and `compare` are those of
-    `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b, k]` by local MoE layer. `trace` keeps
-    which rows differ in which layer. `unrecorded` int64 `[n]`: the rows without a record in the routers' order, None
-    where the own choice of every row is looked at.
+    `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending
+    order and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]`
+    marks the rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only
+    compared with the model's own choice. `pads` bool `[b, s]`. The rows of `audit`, made when they are first asked
+    for and `audited` in number, are also compared with the record shifted by one row in both directions. `layers`,
+    `fault` and `compare` are those of `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b,
+    k]` by local MoE layer. `trace` keeps which rows differ in which layer. `unrecorded` int64 `[n]`: the rows
+    without a record in the routers' order, None where the own choice of every row is looked at.
     """
 
     experts: torch.Tensor | None
@@ -75,6 +76,7 @@ class MicrobatchRouting:
     pads: torch.Tensor
     force: bool
     audit: Callable[[], AuditPairs] | None = None
+    audited: int = 0
     layers: tuple[int, ...] | None = None
     fault: RouterFault | None = None
     own: dict[int, torch.Tensor] | None = None

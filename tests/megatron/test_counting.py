@@ -133,11 +133,11 @@ def test_layers_counted_at_once_are_those_counted_alone(
     tally, cases = Tally.zero(MODEL_LAYERS, CPU, K), [make_case(0, (3, 10)), make_case(1, (1, 30))]
     for case in cases:
         if room is not None:
-            per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + sum(map(len, case.rows.own)) * K * (16 + K)
+            per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + 3 * len(case.rows.window) * K * (16 + K)
             monkeypatch.setattr(counting, "ROOM_BYTES", room * per_layer)
             monkeypatch.setattr(routed, "WIDE_BYTES", 0)
         audit = partial(AuditPairs.of, case.rows, CPU)
-        counted(tally, case, routing_of(case, audit=audit, trace=True), forced, chunks)
+        counted(tally, case, routing_of(case, audit=audit, audited=len(case.rows.window), trace=True), forced, chunks)
     expected = [slow_counts(tally, case, forced) for case in cases]
     for name in (*COUNTERS, "overlap_pairs", "window_pairs"):
         total = sum(one[name] for one in expected)

@@ -12,6 +12,7 @@ import torch
 
 from r3 import metrics
 from r3.errors import RoutingError
+from r3.trainer import feed
 from r3.trainer.policy import RoutingUse
 from r3.trainer.worker import TrainerWorker
 from r3.types import Batch, ModelSpec, StepResult, Trajectory
@@ -104,6 +105,19 @@ def test_step_replays_everything_and_moves_the_weights(model_dir: Path) -> None:
         assert exported is not None
         assert exported.version == 1
         assert run_step(worker, batch, step=10).metrics["rollout/staleness_max"] == 1
+
+
+def test_a_pass_lays_out_a_microbatch_when_it_comes_to_it(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def noted(what: str, call: Any) -> Any:
+        return lambda *args, **options: (done.append(what), call(*args, **options))[1]
+
+    monkeypatch.setattr(feed, "microbatch", noted("laid out", feed.microbatch))
+    with joined_worker(make_config(trainer={"micro_batch_size": 4}), model_dir) as worker:
+        monkeypatch.setattr(worker.policy.replay, "run", noted("run", worker.policy.replay.run))
+        run_step(worker, make_batch(worker.spec(), groups=4, members=3))
+    assert done[:6] == ["laid out", "run"] * 3, "all the others would keep a GPU waiting for the first"
 
 
 def test_counterfactual_is_the_pass_without_replay(model_dir: Path) -> None:

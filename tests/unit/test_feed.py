@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from r3.errors import RoutingError
+from r3.trainer import records
 from r3.trainer.batching import Form, StepBatch, microbatch
-from r3.trainer.feed import MicroBatches, StepShare, largest_shape
+from r3.trainer.feed import MicroBatches, StepShare, begin_checks, largest_shape
+from r3.trainer.records import DeferredChecks
 from r3.types import Record
 from tests.unit.test_batching import SPEC, step_of, trajectory
 
@@ -75,6 +77,45 @@ def test_a_broken_record_is_the_cause_of_what_it_breaks(step: StepBatch) -> None
     fed = MicroBatches(broken(step, 0), SAMPLES, SPEC, Form())
     with pytest.raises(RoutingError, match=r"group 0, member 0.*checksum"), fed.checks:
         breaks(fed)
+
+
+def test_held_checks_begin_with_the_next_microbatch_or_when_told(
+    step: StepBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(records, "check_content", lambda placed: begun.append(len(placed.records)))
+    checks = DeferredChecks(hold=True)
+
+    def lay_out(samples: tuple[int, ...]) -> None:
+        microbatch(step, samples, SPEC, check=checks)
+
+    def settled() -> list[int]:
+        for one in checks._running:
+            one.result()
+        return begun
+
+    lay_out((0, 1))
+    assert settled() == [], "a device without work would wait for it"
+    lay_out((2,))
+    assert settled() == [2]
+    checks.begin()
+    checks.begin()
+    assert settled() == [2, 1], "begun once"
+    lay_out((2,))
+    checks.finish()
+    assert begun == [2, 1, 1], "nothing is left out"
+
+
+def test_a_pass_begins_what_is_held(step: StepBatch) -> None:
+    fed = MicroBatches(broken(step, 2), SAMPLES, SPEC, Form())
+    fed.checks = DeferredChecks(hold=True)
+    assert fed[1].recorded.any()
+    assert not fed.checks._running
+    begin_checks(fed)
+    assert len(fed.checks._running) == 1
+    with pytest.raises(RoutingError, match=r"group 2, member 0.*checksum"):
+        fed.checks.finish()
+    begin_checks([fed[0]])  # microbatches that were checked before
 
 
 def test_an_error_of_the_pass_stays_where_records_are_sound(step: StepBatch) -> None:
