@@ -42,17 +42,17 @@ class AuditPairs:
         """Upload the rows of one microbatch."""
         sizes = [len(part) for part in rows.own]
         begins, zero = [0, *accumulate(sizes)], LAGS.index(0)
-        kinds = 2 * np.repeat(np.arange(len(LAGS)), sizes) + np.concatenate(rows.sampled)
-        classes = kinds[:, None] == np.arange(2 * len(LAGS))
+        kinds = np.repeat(np.arange(0, 2 * len(LAGS), 2), sizes) + np.concatenate(rows.sampled)
         # In one piece: on a GPU most of so small a copy is its call.
-        places = upload(np.concatenate([*rows.own, *rows.record, rows.window]), where)
+        parts = upload(np.concatenate([*rows.own, *rows.record, kinds, rows.window]), where)
+        own, record, kind, window = parts.split([*3 * [begins[-1]], len(rows.window)])
         return cls(
-            own=places[: begins[-1]],
-            record=places[begins[-1] : 2 * begins[-1]],
-            classes=upload(classes, where).double(),
+            own=own,
+            record=record,
+            classes=(kind[:, None] == torch.arange(2 * len(LAGS), device=where)).double(),
             lag0=slice(begins[zero], begins[zero + 1]),
-            window=places[2 * begins[-1] :],
-            pairs=classes.sum(0, dtype=np.int64).reshape(len(LAGS), 2),
+            window=window,
+            pairs=np.bincount(kinds, minlength=2 * len(LAGS)).reshape(len(LAGS), 2),
             window_pairs=np.bincount(rows.window, minlength=AUDIT_WINDOWS),
         )
 

@@ -68,13 +68,17 @@ def audit_rows(recorded: Bools, order: Ints, windows: Ints, sampled: Bools) -> A
     Pairs that are cut apart, at the edge of a context- or sequence-parallel rank's rows, are left out.
     """
     sequences, rows = recorded.shape
-    b, s = np.nonzero(recorded & (windows >= 0))
+    has_record, place = recorded.reshape(-1), order.reshape(-1)
+    here = np.flatnonzero(recorded & (windows >= 0))
+    b, s = np.divmod(here, rows)
+    routed, places, drawn = s * sequences + b, place[here], sampled.reshape(-1)[here]
     own, record, parts = [], [], []
     for lag in LAGS:
         other = (s + lag) % rows
+        there = b * rows + other
         # The last position of a sequence has no record, so no row is paired with one of another sequence.
-        valid = recorded[b, other] & (order[b, other] == order[b, s] + lag)
-        own.append((s * sequences + b)[valid])
+        valid = has_record[there] & (place[there] == places + lag)
+        own.append(routed[valid])
         record.append((other * sequences + b)[valid])
-        parts.append(sampled[b, s][valid])
-    return AuditRows(tuple(own), tuple(record), tuple(parts), windows[b, s])
+        parts.append(drawn[valid])
+    return AuditRows(tuple(own), tuple(record), tuple(parts), windows.reshape(-1)[here])
