@@ -39,6 +39,10 @@ SHARED_GPU_LIMIT = 0.9
 _SHORTHANDS = {"model": "path"}
 
 
+# A stage fetches whole objects, and a stage of the models at hand has this many layers or more.
+_STAGED_BLOCK_LAYERS = 8
+
+
 class Config(Section):
     """A whole run."""
 
@@ -81,6 +85,11 @@ class Config(Section):
         if found := [text for text, applies in faults.items() if applies]:
             raise ValueError("\n".join(found))
         return self
+
+    @property
+    def block_layers(self) -> int | None:
+        """MoE layers per object of a record, None for all: without a pipeline every rank needs all of them."""
+        return self.routing.block_layers or (_STAGED_BLOCK_LAYERS if self.trainer.pipeline_parallel > 1 else None)
 
     def to_yaml(self) -> str:
         """Return every key with its resolved value, as YAML that loads back to the same config."""

@@ -115,8 +115,9 @@ class RoutingConfig(Section):
     """Take rows through shared memory: where the SGLang plugin runs in this process's engine, always, or never."""
     shared_mib: int = Field(256, ge=1)
     """Shared memory of an engine in MiB; rows that find no room come back as SGLang sends them."""
-    block_layers: int = Field(8, ge=1)
-    """MoE layers per object in which the record travels; a pipeline stage fetches only the objects with its layers."""
+    block_layers: int | None = Field(None, ge=1)
+    """MoE layers per object of a record; a pipeline stage fetches only those with its layers. Default: 8, without a
+    pipeline all."""
     save_every: int = Field(0, ge=0)
     """Save the records of every N-th step to `RUN/routing/step-XXXXXXXX.r3`, for `python -m r3.inspect`; 0 = never."""
 

@@ -13,10 +13,10 @@ from r3.routing import ExpertIds
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """Where the rows of each record lie in the blocks of its batch.
+    """Which rows of each record a batch holds for it alone, and which it shares.
 
-    `offsets` int64 `[n + 1]`: the rows stored for each trajectory. `shared` int64 `[n, 2]`: first row and number of the
-    rows of an earlier record that come before those, `(0, 0)` without any.
+    `offsets` int64 `[n + 1]`: the rows stored for each trajectory. `shared` int64 `[n, 2]`: an earlier trajectory and
+    how many of its first rows come before those, `(0, 0)` without any.
     """
 
     offsets: NDArray[np.int64]
@@ -40,7 +40,7 @@ class StoredRows:
                 if leader is not None and first != i:
                     count = _common(experts, leader, min(prompt_lens[i], prompt_lens[first]))
                 if count:
-                    shared[i] = offsets[first], count
+                    shared[i] = first, count
             offsets[i + 1] = offsets[i] + (0 if experts is None else len(experts) - count)
         return cls(offsets, shared)
 
@@ -53,13 +53,19 @@ class StoredRows:
         """How many rows the records have together, shared ones counted in each."""
         return int(self.offsets[-1] + self.shared[:, 1].sum())
 
-    def take(self, i: int, experts: ExpertIds) -> ExpertIds:
-        """Return the rows of trajectory `i` from a block `[stored rows, layers, k]`; a view where it shares none."""
-        own = experts[int(self.offsets[i]) : int(self.offsets[i + 1])]
-        begin, count = (int(value) for value in self.shared[i])
+    def take(self, i: int, pieces: Sequence[ExpertIds | None]) -> ExpertIds:
+        """Return the rows of trajectory `i`, which has some, from the stored ones of each, `[rows, layers, k]` or None.
+
+        A view where they lie together.
+        """
+        leader, count = (int(value) for value in self.shared[i])
+        found = [piece for piece in (pieces[leader] if count else None, pieces[i]) if piece is not None]
         if not count:
-            return own
-        rows = np.concatenate([experts[begin : begin + count], own])
+            return found[0]
+        found[0] = found[0][:count]
+        if len(found) == 1:
+            return found[0]
+        rows = np.concatenate(found)
         rows.flags.writeable = False
         return rows
 

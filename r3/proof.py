@@ -191,7 +191,7 @@ def _rehearse(config: Config, model: Path, place: Any, spec: ModelSpec) -> tuple
     from r3.trainer.group import TrainerGroup
     from r3.transport import BatchRef
 
-    batch = BatchRef.put(trial_batch(spec, config.routing.block_layers))
+    batch = BatchRef.put(trial_batch(spec, config.block_layers))
     with TrainerGroup(config, model, place=place) as group:
         found, transport = group.rehearse(trial_advantages(), [batch])
     return found, transport["transport/node_copies"]

@@ -76,7 +76,7 @@ def write_model(config: Mapping[str, Any], directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def trial_batch(spec: ModelSpec, block_layers: int) -> Batch:
+def trial_batch(spec: ModelSpec, block_layers: int | None) -> Batch:
     """Return random trajectories with random records: no router would choose so, hence nothing agrees by chance."""
     rng = np.random.default_rng(0)
     samples = [_trajectory(spec, rng, group, member) for group in range(_GROUPS) for member in range(_MEMBERS)]

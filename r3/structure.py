@@ -72,34 +72,36 @@ def repeated_ids(experts: ExpertIds) -> Bools:
     return repeated
 
 
-def constant_layers(experts: ExpertIds) -> Bools:
-    """Return which layers of `[rows, layers, k]` send every row to one and the same expert list, `[layers]`."""
-    if not len(experts):
-        return np.zeros(experts.shape[1], np.bool_)
-    # Two rows rule out every live layer.
-    constant: Bools = (experts[[len(experts) // 2, -1]] == experts[0]).all(axis=(0, 2))
-    if constant.any():
-        constant[constant] = (experts[:, constant] == experts[0, constant]).all(axis=(0, 2))
+def constant_layers(pieces: Sequence[ExpertIds]) -> Bools:
+    """Return which layers send every row of `pieces`, each `[rows >= 1, layers, k]`, to one expert list, `[layers]`."""
+    first = pieces[0][0]
+    constant: Bools = np.ones(len(first), np.bool_)
+    for piece in pieces:
+        # Two rows rule out every live layer.
+        constant &= (piece[[len(piece) // 2, -1]] == first).all(axis=(0, 2))
+        if not constant.any():
+            break
+        constant[constant] = (piece[:, constant] == first[constant]).all(axis=(0, 2))
     return constant
 
 
 def check_constant_layers(
-    experts: ExpertIds, layers: Sequence[int], minimum_rows: int = CONSTANT_ROWS, rows: int | None = None
+    pieces: Sequence[ExpertIds], layers: Sequence[int], minimum_rows: int = CONSTANT_ROWS, rows: int | None = None
 ) -> None:
     """Raise `RoutingError` when a layer sends all of at least `minimum_rows` rows to one and the same expert list.
 
-    Call it over all rows of a batch `[rows, layers, k]`: a live router never does that, a buffer that was written once
-    does (SGLang PR #36404 shows one row 67 times). `rows`: how many rows these stand for, where shared ones are there
-    once.
+    Call it over all rows of a batch, in `pieces` of `[rows >= 1, layers, k]`: a live router never does that, a buffer
+    that was written once does (SGLang PR #36404 shows one row 67 times). `rows`: how many rows these stand for, where
+    shared ones are there once.
     """
-    count = experts.shape[0] if rows is None else rows
-    if count < minimum_rows or not experts.shape[0]:
+    count = sum(map(len, pieces)) if rows is None else rows
+    if count < minimum_rows or not pieces:
         return
-    constant = constant_layers(experts)
+    constant = constant_layers(pieces)
     if constant.any():
         layer = int(np.argmax(constant))
         raise RoutingError(
-            f"layer {layers[layer]} routes all {count} rows to {experts[0, layer].tolist()}; "
+            f"layer {layers[layer]} routes all {count} rows to {pieces[0][0, layer].tolist()}; "
             "its router was not captured"
         )
 
@@ -155,4 +157,4 @@ def check_live(experts: ExpertIds, layers: Sequence[int], num_experts: int, inpu
         return
     check_runs(experts, inputs, num_experts)
     if experts.shape[2] < num_experts and np.count_nonzero(inputs[1:] != inputs[:-1]) >= CONSTANT_ROWS:
-        check_constant_layers(experts, layers)
+        check_constant_layers([experts], layers)

@@ -171,13 +171,26 @@ class SampleFacts(NamedTuple):
 class RoutingBlock:
     """The records of a `Batch` in a few MoE layers, an object of its own in the object store.
 
-    `layers`: global index of each; `experts` `[stored rows, layers, k]` in the order of the batch, prompt rows of a
-    group once; `crc32` uint32 `[n]` over each trajectory's rows of this block and its tokens.
+    `layers`: global index of each; `pieces`: `[rows, layers, k]` of each trajectory's stored rows, prompt rows of a
+    group once, or None without any; `crc32` uint32 `[n]` over each trajectory's rows of this block and its tokens.
+
+    A piece with all layers of its record is the record as the engine left it: pickle (protocol 5) hands it to the
+    object store as a buffer of its own, and the copy into that store is the only one.
     """
 
     layers: tuple[int, ...]
-    experts: ExpertIds
+    pieces: tuple[ExpertIds | None, ...]
     crc32: NDArray[np.uint32]
+
+    @property
+    def stored(self) -> list[ExpertIds]:
+        """The pieces that are there."""
+        return [piece for piece in self.pieces if piece is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of routing in it."""
+        return sum(int(piece.nbytes) for piece in self.stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +244,8 @@ class Batch:
     def pack(cls, trajectories: Sequence[Trajectory], block_layers: int | None = None) -> Batch:
         """Pack trajectories of one model and engine, records in blocks of `block_layers` MoE layers (default: all).
 
-        Raises `RoutingError` when records do not fit together, and for one that is wrong before it is cut.
+        Blocks of all layers view the records that they are made of, which must not change any more. Raises
+        `RoutingError` when records do not fit together, and for one that is wrong before it is cut.
         """
         traces = [t.routing for t in trajectories if t.routing is not None]
         kinds = {(r.layers, r.num_experts, r.top_k, r.engine, r.provenance) for r in traces}
@@ -262,7 +276,7 @@ class Batch:
             num_experts=num_experts,
             engine=engine,
             provenance=provenance,
-            blocks=_split(trajectories, stored, layer_blocks(layers, block_layers or len(layers))),
+            blocks=_split(trajectories, stored, layer_blocks(layers, block_layers)),
         )
 
     def __len__(self) -> int:
@@ -271,18 +285,18 @@ class Batch:
     @property
     def routing_bytes(self) -> int:
         """Bytes of routing in the blocks."""
-        return sum(int(block.experts.nbytes) for block in self.blocks)
+        return sum(block.nbytes for block in self.blocks)
 
     def record(self, i: int) -> Record | None:
         """Return the record of trajectory `i`, None when it has none.
 
-        Its arrays are views into the blocks, or copies where it shares its prompt rows with an earlier one.
+        Its arrays are those of the blocks, or copies where it shares prompt rows with an earlier one and has others.
         """
         if not self.stored.count(i):
             return None
         blocks = (
             RoutingTrace(
-                experts=self.stored.take(i, block.experts),
+                experts=self.stored.take(i, block.pieces),
                 layers=block.layers,
                 num_experts=self.num_experts,
                 spans=self.spans[i],
@@ -343,8 +357,9 @@ class StepResult:
     tokens: TokenReport | None = None
 
 
-def layer_blocks(layers: Sequence[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Cut MoE layers into blocks of `size`; the last one may be smaller."""
+def layer_blocks(layers: Sequence[int], size: int | None) -> tuple[tuple[int, ...], ...]:
+    """Cut MoE layers into blocks of `size` (None: one of all); the last one may be smaller."""
+    size = size or len(layers)
     return tuple(tuple(layers[begin : begin + size]) for begin in range(0, len(layers), size or 1))
 
 
@@ -365,13 +380,21 @@ def _split(
             else checksum(t.routing.experts[:, columns], t.tokens)
             for t in trajectories
         ]  # fmt: skip
-        experts = np.concatenate(
-            [t.routing.experts[shared:, columns] for t, shared in zip(trajectories, stored.shared[:, 1], strict=True)
-             if t.routing is not None]
-        )  # fmt: skip
-        made.append(RoutingBlock(layers, experts, np.array(crc32, dtype=np.uint32)))
+        counts = stored.shared[:, 1].tolist()
+        pieces = tuple(_piece(t.routing, count, columns) for t, count in zip(trajectories, counts, strict=True))
+        made.append(RoutingBlock(layers, pieces, np.array(crc32, dtype=np.uint32)))
         begin = columns.stop
     return tuple(made)
+
+
+def _piece(trace: RoutingTrace | None, shared: int, columns: slice) -> ExpertIds | None:
+    """Return the rows behind the first `shared` of some layers, a copy where they do not lie together."""
+    if trace is None or len(trace.experts) == shared:
+        return None
+    # An array that can be written to would be one buffer for pickle as well, but another thing than what it was.
+    piece = np.ascontiguousarray(trace.experts[shared:, columns]).view()
+    piece.flags.writeable = False
+    return piece
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -302,7 +302,7 @@ class RolloutPool:
     def _blocks(self) -> tuple[tuple[int, ...], ...]:
         """Return the MoE layers of every block of a record; none without capture."""
         routing = self._config.routing
-        return layer_blocks(self.spec().model.moe_layers, routing.block_layers) if routing.capture else ()
+        return layer_blocks(self.spec().model.moe_layers, self._config.block_layers) if routing.capture else ()
 
     def _batch(self, references: Sequence[ObjectRef]) -> BatchRef:
         return BatchRef(references[0], tuple(map(BlockRef, self._blocks(), references[1:])))

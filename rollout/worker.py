@@ -110,7 +110,7 @@ class RolloutWorker:
         batch = self._pack(made.kept, rewards)
         packed = time.perf_counter()
         for block in batch.blocks:
-            check_constant_layers(block.experts, block.layers, rows=batch.stored.rows)
+            check_constant_layers(block.stored, block.layers, rows=batch.stored.rows)
         checked = made.check_seconds + time.perf_counter() - packed
         return RolloutReport(
             facts=batch.facts(),
@@ -286,7 +286,7 @@ class RolloutWorker:
                 )
                 for (sample, answer), reward in zip(kept, rewards, strict=True)
             ],
-            self._config.routing.block_layers,
+            self._config.block_layers,
         )
 
 

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -17,8 +18,6 @@ import numpy as np
 
 from scripts.bench.capture_table import RETURNING, WAYS, Load, Run
 
-# The default of `routing.block_layers`.
-BLOCK_LAYERS = 8
 TIMEOUT_S = 60.0
 # Longest wait for the requests of a run to be queued; they take a second or two.
 HOLD_S = 60.0
@@ -192,7 +191,7 @@ class Bench:
     def _pack(self, traces: Sequence[Any], tokens: Sequence[Any], prompts: Sequence[list[int]]) -> None:
         from r3.types import Batch, Trajectory
 
-        Batch.pack(
+        batch = Batch.pack(
             [
                 Trajectory(
                     group=i, member=0, tokens=ids, prompt_len=len(prompt),
@@ -201,8 +200,12 @@ class Bench:
                 )
                 for i, (trace, ids, prompt) in enumerate(zip(traces, tokens, prompts, strict=True))
             ],
-            BLOCK_LAYERS,
         )  # fmt: skip
+        buffers: list[pickle.PickleBuffer] = []
+        pickle.dumps(batch, 5, buffer_callback=buffers.append)
+        for buffer in buffers:
+            # What the object store does with each.
+            bytes(buffer.raw())
 
 
 def _release(noted: dict[str, Any], requests: int) -> float:

@@ -73,7 +73,7 @@ def costs(rows: int) -> Iterator[tuple[str, ...]]:
     checks: dict[str, Callable[[], object]] = {
         "range and narrowing, int32 to uint8": lambda: narrow(wide, EXPERTS),
         "shape, dtype, range, distinct ids": lambda: validate_rows(trace.experts, layers, EXPERTS),
-        "layers that never change": lambda: check_constant_layers(trace.experts, layers),
+        "layers that never change": lambda: check_constant_layers([trace.experts], layers),
         "crc32 over rows and tokens": lambda: checksum(trace.experts, tokens),
     }
     total = 0.0
@@ -186,7 +186,7 @@ def rewritten(samples: list[Trajectory], change: Corruption, spec: ModelSpec) ->
         )  # fmt: skip
         made.append(replace(sample, routing=trace))
     batch = Batch.pack(made)
-    check_constant_layers(batch.blocks[0].experts, spec.moe_layers)
+    check_constant_layers(batch.blocks[0].stored, spec.moe_layers)
     return batch
 
 

@@ -141,7 +141,7 @@ def test_the_last_expert_is_an_expert_whatever_the_width(experts: int, dtype: ty
 def accepted(sent: Ids) -> None:
     """Decode a long sample as the adapter does, then look at the whole batch as the worker does."""
     trace = decode(payload(sent), LONG)
-    check_constant_layers(trace.experts, trace.layers)
+    check_constant_layers([trace.experts], trace.layers)
 
 
 def every_row(rows: Ids) -> None:

@@ -41,7 +41,7 @@ def test_samples_come_group_by_group_with_their_own_reward_and_routing(
         assert trajectory.routing.rows == len(trajectory.tokens) - 1
         trajectory.routing.verify(trajectory.tokens)
     assert report.response_tokens == sum(t.response_len for t in trajectories)
-    assert report.routing_bytes == sum(block.experts.nbytes for block in batch.blocks)
+    assert report.routing_bytes == sum(piece.nbytes for block in batch.blocks for piece in block.stored)
     assert report.routing_rows == len(batch.tokens) - len(batch)
 
 
@@ -206,5 +206,5 @@ def test_record_arrays_are_narrow_and_contiguous(make_config: MakeConfig, model_
     _, batch = worker(make_config(), model_dir).generate(PROMPTS, 0, 3)
 
     (block,) = batch.blocks
-    assert block.experts.dtype == np.uint8
-    assert block.experts.flags.c_contiguous
+    assert {piece.dtype for piece in block.stored} == {np.dtype(np.uint8)}
+    assert all(piece.flags.c_contiguous for piece in block.stored)

@@ -32,7 +32,7 @@ def read(handle: BatchRef, layers: tuple[int, ...], copy: bool = False) -> Fetch
     (batch,), fetched = fetch([handle], layers)
     if not copy:
         return fetched
-    where = pages([block.experts.copy() for block in batch.blocks])
+    where = pages([block.stored[0].copy() for block in batch.blocks])
     return replace(fetched, blocks=tuple(b._replace(page=p) for b, p in zip(fetched.blocks, where, strict=True)))
 
 

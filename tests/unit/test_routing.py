@@ -147,11 +147,11 @@ def test_a_record_in_the_wrong_width_is_refused():
 
 def test_a_layer_that_never_changes_is_refused_over_a_batch():
     rows = distinct_experts(np.random.default_rng(0), 300, 4, 4, 16).astype(np.uint8)
-    check_constant_layers(rows, range(4))
+    check_constant_layers([rows], range(4))
     rows[:, 2] = rows[0, 2]
     with pytest.raises(RoutingError, match="layer 2 routes all 300 rows"):
-        check_constant_layers(rows, range(4))
-    check_constant_layers(rows[:200], range(4))
+        check_constant_layers([rows], range(4))
+    check_constant_layers([rows[:200]], range(4))
 
 
 @pytest.mark.parametrize(

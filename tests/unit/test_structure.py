@@ -66,12 +66,15 @@ def test_neighbours_that_share_ids_are_no_repeat():
 
 def test_constant_layers_are_told_from_live_ones():
     rows = rows_of(300)
-    assert not constant_layers(rows).any()
+    cut = [rows[:100], rows[100:101], rows[101:]]
+    for pieces in ([rows], cut):
+        assert not constant_layers(pieces).any()
     rows[:, 2] = rows[0, 2]
-    assert constant_layers(rows).tolist() == [False, False, True, False]
+    for pieces in ([rows], cut):
+        assert constant_layers(pieces).tolist() == [False, False, True, False]
     rows[17, 2] = rows[17, 2, ::-1]
-    assert not constant_layers(rows).any()
-    assert not constant_layers(rows[:0]).any()
+    for pieces in ([rows], cut, cut[::-1]):
+        assert not constant_layers(pieces).any()
 
 
 def test_equal_neighbours_are_compared_in_all_layers():
@@ -132,7 +135,7 @@ def test_a_layer_that_does_not_react_to_tokens_is_refused():
     check_live(rows[:256], range(10, 14), 16, tokens[:256])
     check_live(rows, range(10, 14), 16, np.zeros(300, np.int64))
     with pytest.raises(RoutingError, match="layer 2"):
-        check_constant_layers(rows, range(4))
+        check_constant_layers([rows], range(4))
 
 
 def test_a_record_is_checked_when_it_is_made():
