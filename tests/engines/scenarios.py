@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from r3.rollout.engine import Generation, Request, Sampling
 from r3.rollout.engines.sglang import SglangEngine
 from r3.rollout.sglang_plugin.client import RETURNS, open_returns
+from r3.types import Batch, Trajectory
 
 NEW_TOKENS = 24
 
@@ -171,16 +173,31 @@ def three_ways(
     return first, second, third
 
 
-def is_view(adapter: SglangEngine, request: Request) -> bool:
-    """Do the rows of an answer lie in shared memory?"""
+def handed_over(adapter: SglangEngine, request: Request) -> tuple[int, int]:
+    """Pack two answers to a request as the rollout worker does, and pickle them as Ray does.
+
+    Returns the bytes that the object store is to copy straight out of the engine's shared memory, and those of all
+    rows, of which the second answer shares the prompt's.
+    """
     assert adapter._segment is not None
-    sampling = Sampling(1.0, 4, ignore_eos=True)
-    (answer,) = adapter.generate([request], sampling, capture=True)
-    assert answer.routing is not None
+    answers = adapter.generate([request, request], Sampling(1.0, 4, ignore_eos=True), capture=True)
+    batch = Batch.pack(
+        [
+            Trajectory(0, i, a.tokens, a.prompt_len, a.logprobs, a.routing, 0.0, a.finish, a.weight_version, "abc")
+            for i, a in enumerate(answers)
+        ]
+    )
     segment = adapter._segment._mapped.bytes
-    begin = segment.__array_interface__["data"][0]
-    inside = begin <= answer.routing.experts.__array_interface__["data"][0] < begin + len(segment)
-    return inside
+    first = segment.__array_interface__["data"][0]
+    handed = []
+
+    def note(buffer: pickle.PickleBuffer) -> None:
+        raw = np.frombuffer(buffer, np.uint8)
+        if first <= raw.__array_interface__["data"][0] < first + len(segment):
+            handed.append(raw.nbytes)
+
+    pickle.dumps(batch, 5, buffer_callback=note)
+    return sum(handed), batch.routing_bytes
 
 
 def layered_copies(adapter: SglangEngine) -> str:
