@@ -16,7 +16,8 @@ experts' products are the same:
 A round runs each way once, in an order by which every way follows every other. The ratio of a way is its median over
 the median of `off`, with a 95 % bootstrap interval over rounds: a step that something else on the host held up would
 move a mean by more than replay does. Where most steps are held up, the fastest tenth of each way (its 10th percentile)
-says more than the median. The table, with the seconds of every round under `raw`, is written after each round.
+says more than the median. The first pass (log-probs, with the checks) and the update are compared apart, too. The
+table, with the seconds of every round under `raw`, is written after each round.
 
 `--profile N` adds, behind the rounds, N steps of each way under torch's profiler: what its kernels take, how many there
 are, and those in which a way differs most from `off` (operators, where there is no GPU).
@@ -65,10 +66,21 @@ _OUT = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "replay.jso
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One step in one way: wall seconds, and the most bytes of GPU memory in it (0 on a CPU)."""
+    """One step in one way: wall seconds, of which `first` until the log-probs are there and their records are checked,
+    and the most bytes of GPU memory in it (0 on a CPU).
+    """
 
     seconds: float
+    first: float
     peak: int
+
+
+# What is compared: a step, and its two halves, as an update that something held up says nothing of the pass before it.
+PARTS: dict[str, tuple[str, Callable[[Run], float]]] = {
+    "step": ("steps", lambda run: run.seconds),
+    "first pass": ("first passes", lambda run: run.first),
+    "update": ("updates", lambda run: run.seconds - run.first),
+}
 
 
 class GivenRouting:
@@ -150,6 +162,7 @@ class Bench:
         microbatches = self._laid_out(policy, step)
         with microbatches.checks if way == "r3" else nullcontext():
             old = policy.logprobs(microbatches, step, use)
+        first = time.perf_counter() - begin
         if isinstance(policy.replay, NativeReplay):
             policy.replay.clear()
         update = None if use is None else RoutingUse(force=True, compare=False)
@@ -157,7 +170,7 @@ class Bench:
         seconds = _now() - begin
         if isinstance(policy.replay, NativeReplay):
             policy.replay.clear()
-        return Run(seconds, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+        return Run(seconds, first, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
     def _bind(self, context: ReplayContext | GivenRouting) -> None:
         self.ours.replay = context  # type: ignore[assignment]
@@ -225,13 +238,14 @@ def profiled(bench: Bench, steps: int) -> list[Row]:
 def rows_of(rounds: Sequence[dict[str, Run]], tokens: int) -> list[Row]:
     """Return the table's rows."""
     rows = []
-    base = [found["off"].seconds for found in rounds]
-    for what, middle in (("step", np.median), ("fastest tenth of steps", partial(np.quantile, q=0.1))):
-        for way in WAYS:
-            seconds = [found[way].seconds for found in rounds]
-            ratio, interval = bootstrap(seconds, base, middle)
-            rows.append(row(f"{way}, {what}", 1e3 * float(middle(seconds)), "ms", f"off, {what}", ratio,
-                            interval if way != "off" else ()))  # fmt: skip
+    for what, (many, part) in PARTS.items():
+        for name, middle in ((what, np.median), (f"fastest tenth of {many}", partial(np.quantile, q=0.1))):
+            base = [part(found["off"]) for found in rounds]
+            for way in WAYS:
+                seconds = [part(found[way]) for found in rounds]
+                ratio, interval = bootstrap(seconds, base, middle)
+                rows.append(row(f"{way}, {name}", 1e3 * float(middle(seconds)), "ms", f"off, {name}", ratio,
+                                interval if way != "off" else ()))  # fmt: skip
     rows.append(row("r3, tokens of a step", tokens, "tokens"))
     rows.append(row("rounds", len(rounds), "rounds"))
     if rounds[0]["off"].peak:
@@ -271,6 +285,7 @@ def main() -> None:
             rounds.append({way: bench.run(way) for way in ORDERS[len(rounds) % len(ORDERS)]})
             rows = rows_of(rounds, bench.tokens)
             raw = {way: [round(one[way].seconds, 5) for one in rounds] for way in WAYS}
+            raw |= {f"{way}, first pass": [round(one[way].first, 5) for one in rounds] for way in WAYS}
             write(options.out, made | {"raw": raw}, rows)
         if rounds and options.profile:
             rows += profiled(bench, options.profile)
