@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 from r3.routing import ExpertIds
 
+# Rows of a block `[rows, layers, k]` as they are stored: all in one array, or an array of each trajectory's, None where
+# it has none of its own.
+BlockRows = ExpertIds | tuple[ExpertIds | None, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
@@ -53,21 +57,26 @@ class StoredRows:
         """How many rows the records have together, shared ones counted in each."""
         return int(self.offsets[-1] + self.shared[:, 1].sum())
 
-    def take(self, i: int, pieces: Sequence[ExpertIds | None]) -> ExpertIds:
-        """Return the rows of trajectory `i`, which has some, from the stored ones of each, `[rows, layers, k]` or None.
-
-        A view where they lie together.
-        """
+    def take(self, i: int, stored: BlockRows) -> ExpertIds:
+        """Return the rows of trajectory `i`, which has some, from those of a block; a view where they lie together."""
         leader, count = (int(value) for value in self.shared[i])
-        found = [piece for piece in (pieces[leader] if count else None, pieces[i]) if piece is not None]
+        own = self._own(i, stored)
         if not count:
-            return found[0]
-        found[0] = found[0][:count]
-        if len(found) == 1:
-            return found[0]
-        rows = np.concatenate(found)
+            assert own is not None
+            return own
+        first = self._own(leader, stored)
+        assert first is not None
+        if own is None:
+            return first[:count]
+        rows = np.concatenate([first[:count], own])
         rows.flags.writeable = False
         return rows
+
+    def _own(self, i: int, stored: BlockRows) -> ExpertIds | None:
+        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        if begin == end:
+            return None
+        return stored[i] if isinstance(stored, tuple) else stored[begin:end]
 
 
 def _common(rows: ExpertIds, others: ExpertIds, most: int) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from r3.audit import Alarm
 from r3.errors import ConfigError, RoutingError
-from r3.prefixes import StoredRows
+from r3.prefixes import BlockRows, StoredRows
 from r3.routing import ExpertIds, Provenance, RoutingTrace, Span, TokenIds, checksum, expert_dtype
 from r3.tokens import TokenReport
 
@@ -171,21 +171,23 @@ class SampleFacts(NamedTuple):
 class RoutingBlock:
     """The records of a `Batch` in a few MoE layers, an object of its own in the object store.
 
-    `layers`: global index of each; `pieces`: `[rows, layers, k]` of each trajectory's stored rows, prompt rows of a
-    group once, or None without any; `crc32` uint32 `[n]` over each trajectory's rows of this block and its tokens.
+    `layers`: global index of each; `rows` `[rows, layers, k]` in the order of the batch, prompt rows of a group once;
+    `crc32` uint32 `[n]` over each trajectory's rows of this block and its tokens.
 
-    A piece with all layers of its record is the record as the engine left it: pickle (protocol 5) hands it to the
-    object store as a buffer of its own, and the copy into that store is the only one.
+    A block of all layers has an array of each trajectory's rows, which is the record as the engine left it: pickle
+    (protocol 5) hands it to the object store as a buffer of its own, and the copy into that store is the only one. Some
+    layers of a record do not lie together, so a block of them is one array into which they are copied.
     """
 
     layers: tuple[int, ...]
-    pieces: tuple[ExpertIds | None, ...]
+    rows: BlockRows
     crc32: NDArray[np.uint32]
 
     @property
     def stored(self) -> list[ExpertIds]:
-        """The pieces that are there."""
-        return [piece for piece in self.pieces if piece is not None]
+        """The arrays that have rows."""
+        arrays = self.rows if isinstance(self.rows, tuple) else (self.rows,)
+        return [array for array in arrays if array is not None and len(array)]
 
     @property
     def nbytes(self) -> int:
@@ -296,7 +298,7 @@ class Batch:
             return None
         blocks = (
             RoutingTrace(
-                experts=self.stored.take(i, block.pieces),
+                experts=self.stored.take(i, block.rows),
                 layers=block.layers,
                 num_experts=self.num_experts,
                 spans=self.spans[i],
@@ -380,21 +382,26 @@ def _split(
             else checksum(t.routing.experts[:, columns], t.tokens)
             for t in trajectories
         ]  # fmt: skip
-        counts = stored.shared[:, 1].tolist()
-        pieces = tuple(_piece(t.routing, count, columns) for t, count in zip(trajectories, counts, strict=True))
-        made.append(RoutingBlock(layers, pieces, np.array(crc32, dtype=np.uint32)))
+        own = [
+            None if t.routing is None else t.routing.experts[shared:, columns]
+            for t, shared in zip(trajectories, stored.shared[:, 1].tolist(), strict=True)
+        ]
+        rows = _as_they_lie(own) if len(blocks) == 1 else np.concatenate([part for part in own if part is not None])
+        made.append(RoutingBlock(layers, rows, np.array(crc32, dtype=np.uint32)))
         begin = columns.stop
     return tuple(made)
 
 
-def _piece(trace: RoutingTrace | None, shared: int, columns: slice) -> ExpertIds | None:
-    """Return the rows behind the first `shared` of some layers, a copy where they do not lie together."""
-    if trace is None or len(trace.experts) == shared:
-        return None
-    # An array that can be written to would be one buffer for pickle as well, but another thing than what it was.
-    piece = np.ascontiguousarray(trace.experts[shared:, columns]).view()
-    piece.flags.writeable = False
-    return piece
+def _as_they_lie(records: Sequence[ExpertIds | None]) -> tuple[ExpertIds | None, ...]:
+    """Return views of the rows that nobody can write to; a copy of an array that is not contiguous."""
+    kept = []
+    for rows in records:
+        view = None
+        if rows is not None and len(rows):
+            view = np.ascontiguousarray(rows).view()
+            view.flags.writeable = False
+        kept.append(view)
+    return tuple(kept)
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

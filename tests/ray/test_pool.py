@@ -70,18 +70,17 @@ def test_a_real_batch_stays_in_the_object_store_and_is_read_without_a_copy(
     batch, again = rollout.batches[0].get(), rollout.batches[0].get()
 
     assert batch.routing_bytes > INLINE_LIMIT
-    arrays = {
-        "tokens": lambda b: b.tokens,
-        "logprobs": lambda b: b.logprobs,
-        "experts": lambda b: b.blocks[0].pieces[0],
-    }
-    for name, read in arrays.items():
-        array, other = read(batch), read(again)
+
+    def arrays(one: Batch) -> list[np.ndarray]:
+        return [one.tokens, one.logprobs, *one.blocks[0].stored]
+
+    assert len(arrays(batch)) == 2 + len(batch), "an array of each trajectory's rows"
+    for i, (array, other) in enumerate(zip(arrays(batch), arrays(again), strict=True)):
         assert not array.flags.writeable
         assert not array.flags.owndata
-        assert array.ctypes.data == other.ctypes.data, f"{name} was copied out of shared memory"
+        assert array.ctypes.data == other.ctypes.data, f"array {i} was copied out of shared memory"
     routing = batch.trajectory(0).routing  # the first of its group has all of its rows for itself
-    assert np.shares_memory(routing.experts, batch.blocks[0].pieces[0])
+    assert np.shares_memory(routing.experts, batch.blocks[0].rows[0])
     routing.verify(batch.trajectory(0).tokens)
 
 

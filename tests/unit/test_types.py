@@ -52,7 +52,7 @@ def test_trajectories_are_views_into_the_batch():
     last = batch.trajectory(2)
     assert np.shares_memory(last.tokens, batch.tokens)
     assert np.shares_memory(last.logprobs, batch.logprobs)
-    assert np.shares_memory(last.routing.experts, batch.blocks[0].pieces[2])
+    assert np.shares_memory(last.routing.experts, batch.blocks[0].rows[2])
 
 
 @given(trajectories())
@@ -82,10 +82,10 @@ def test_a_record_in_blocks_is_the_record(packed, size):
             # Every block stands for itself: its rows and checksum need no other one.
             block.validate(len(before.tokens))
             block.verify(before.tokens)
-            kept = [piece for piece in whole.pieces if piece is not None and np.shares_memory(block.experts, piece)]
-            copied = batch.stored.shared[i, 1] and whole.pieces[i] is not None
+            kept = [array for array in whole.stored if np.shares_memory(block.experts, array)]
+            copied = batch.stored.shared[i, 1] and batch.stored.offsets[i] < batch.stored.offsets[i + 1]
             assert len(kept) == (not copied)
-            assert all(piece.flags.c_contiguous for piece in whole.stored)
+            assert all(array.flags.c_contiguous for array in whole.stored)
         assert after.routing.layers == before.routing.layers
         assert np.array_equal(after.routing.experts, before.routing.experts)
         assert (after.routing.crc32, after.routing.spans) == (before.routing.crc32, before.routing.spans)
@@ -112,9 +112,9 @@ def test_the_prompt_rows_of_a_group_are_stored_once():
     first = trajectory(generator, 0, 6, 3)
     group = [first] + [replace(sharing(trajectory(generator, i, 6, 3), first, 6), group=0, member=i) for i in (1, 2, 3)]
     batch = Batch.pack(group, 2)
-    assert [[len(piece) for piece in block.stored] for block in batch.blocks] == [
-        [8, 2, 2, 2]
-    ] * 2  # 6 prompt rows once
+    # 6 prompt rows once, 2 more of each
+    assert [[len(rows) for rows in block.stored] for block in batch.blocks] == [[8 + 3 * 2]] * 2
+    assert [len(rows) for rows in Batch.pack(group).blocks[0].stored] == [8, 2, 2, 2]
     for i, before in enumerate(group):
         assert np.array_equal(batch.trajectory(i).routing.experts, before.routing.experts)
 
@@ -124,9 +124,9 @@ def test_a_damaged_shared_row_is_found_in_every_sample_that_has_it():
     first = trajectory(generator, 0, 6, 3)
     batch = Batch.pack([first, replace(sharing(trajectory(generator, 1, 6, 3), first, 6), group=0)])
     (block,) = batch.blocks
-    first_rows = block.pieces[0].copy()
+    first_rows = block.rows[0].copy()
     first_rows[2, 0, 0] ^= 1
-    broken = replace(batch, blocks=(replace(block, pieces=(first_rows, *block.pieces[1:])),))
+    broken = replace(batch, blocks=(replace(block, rows=(first_rows, *block.rows[1:])),))
     for i in range(2):
         with pytest.raises(RoutingError, match="checksum"):
             broken.trajectory(i).routing.verify(broken.sample(i).tokens)
