@@ -13,6 +13,7 @@ from r3.errors import ConfigError, EngineError
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
+from r3.rollout.engines.sglang_watch import Watch, watch_engine
 from r3.rollout.engines.sglang_weights import WeightLoader
 from r3.rollout.segment import Owner
 from r3.rollout.sglang_plugin.client import open_returns, switch
@@ -47,9 +48,19 @@ class SglangEngine:
             raise ConfigError(f"rollout.engine_args: {self._name} does not take them ({error})") from error
         except (RuntimeError, ValueError, AssertionError, OSError) as error:
             raise EngineError(f"{self._name} did not start: {error}") from error
-        self._provenance, self._unstamped = self._switch_stamps()
-        self._segment, self._unshared = self._open_segment(on_gpu)
-        self._loader = WeightLoader(self._engine, self._name, self._model, self._ranks, verify=config.weights.verify)
+        self._watch: Watch | None = None
+        self._segment: Owner | None = None
+        try:
+            # First: what follows waits for the engine's processes.
+            self._watch = watch_engine(self._engine, self._name)
+            self._provenance, self._unstamped = self._switch_stamps()
+            self._segment, self._unshared = self._open_segment(on_gpu)
+            self._loader = WeightLoader(
+                self._engine, self._name, self._model, self._ranks, verify=config.weights.verify
+            )
+        except BaseException:
+            self.close()
+            raise
 
     def spec(self) -> EngineSpec:
         """Describe the engine that is running."""
@@ -146,6 +157,8 @@ class SglangEngine:
 
     def close(self) -> None:
         """Stop SGLang's processes."""
+        if self._watch is not None:
+            self._watch.stop()
         self._engine.shutdown()
         if self._segment is not None:
             self._segment.close()
@@ -183,21 +196,13 @@ class SglangEngine:
         routing = self._config.routing
         if not routing.capture:
             return None, "routing.capture is off"
-        try:
-            # On a CPU the memory is taken when it is first used: a page fault there is nothing beside a pass.
-            return open_returns(self._engine, routing.shared_memory, routing.shared_mib << 20, prefault=on_gpu)
-        except ConfigError:
-            self._engine.shutdown()
-            raise
+        # On a CPU the memory is taken when it is first used: a page fault there is nothing beside a pass.
+        return open_returns(self._engine, routing.shared_memory, routing.shared_mib << 20, prefault=on_gpu)
 
     def _switch_stamps(self) -> tuple[Provenance, str]:
         if not self._config.routing.capture:
             return "unknown", "routing.capture is off"
-        try:
-            return switch(self._engine, self._config.routing.provenance)
-        except ConfigError:
-            self._engine.shutdown()
-            raise
+        return switch(self._engine, self._config.routing.provenance)
 
 
 def _gpu_engine() -> tuple[Any, str]:

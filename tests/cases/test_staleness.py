@@ -258,6 +258,7 @@ def test_an_engine_whose_flush_is_refused_does_not_answer(
         adapter.load_weights(WeightBuckets(1, ()), 1)
     with pytest.raises(EngineError, match="half-loaded weights"):
         adapter.generate([Request(TOKENS)], Sampling(1.0, 4), capture=True)
+    adapter.close()
 
 
 TURNS = [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +39,9 @@ class StubEngine:
         self.refused_flushes = 0
         self.options: dict[str, Any] = {}
         self.begin: tuple[bool, str] = (True, "Success")
+        self.events: list[str] = []
+        watchdog = SimpleNamespace(_names=[], _processes=[], _stop_event=threading.Event())
+        self.tokenizer_manager = SimpleNamespace(_subprocess_watchdog=watchdog)
 
     def generate(
         self, input_ids: list[list[int]], sampling_params: list[dict[str, Any]], **options: Any
@@ -65,13 +71,18 @@ class StubEngine:
         self.refused_flushes -= 1
         return SimpleNamespace(success=self.refused_flushes < 0)
 
+    def shutdown(self) -> None:
+        self.events.append("shutdown")
+
 
 @pytest.fixture
-def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sglang.SglangEngine:
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sglang.SglangEngine]:
     monkeypatch.setattr(sglang, "_cpu_engine", lambda: (StubEngine, "0.5.23"))
-    return sglang.SglangEngine(
+    opened = sglang.SglangEngine(
         Config.model_validate({"weights": {"flush_timeout_s": 0.2}}), write_files(tmp_path / "model"), 3
     )
+    yield opened
+    opened.close()
 
 
 def stub(adapter: sglang.SglangEngine) -> StubEngine:
@@ -301,3 +312,34 @@ def test_an_engine_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sglang, "_cpu_engine", lambda: (broken, "0.5.23"))
     with pytest.raises(EngineError, match=r"sglang 0\.5\.23 did not start: Rank 0 scheduler died"):
         sglang.SglangEngine(Config(), write_files(tmp_path / "model"), 0)
+
+
+def test_an_engine_without_its_processes_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(**arguments: Any) -> StubEngine:
+        made.append(StubEngine(**arguments))
+        del made[0].tokenizer_manager
+        return made[0]
+
+    made: list[StubEngine] = []
+    monkeypatch.setattr(sglang, "_cpu_engine", lambda: (make, "0.5.23"))
+    with pytest.raises(EngineError, match=r"0\.5\.23 does not hold its processes where .* 'tokenizer_manager'"):
+        sglang.SglangEngine(Config(), write_files(tmp_path / "model"), 0)
+    assert made[0].events == ["shutdown"]
+
+
+@pytest.mark.parametrize("provenance", ["require", "off"])
+def test_the_watch_ends_before_the_processes_do(
+    provenance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(engine: StubEngine, name: str) -> SimpleNamespace:
+        events.append(engine.events)
+        return SimpleNamespace(stop=lambda: engine.events.append("stop"))
+
+    events: list[list[str]] = []
+    monkeypatch.setattr(sglang, "_cpu_engine", lambda: (StubEngine, "0.5.23"))
+    monkeypatch.setattr(sglang, "watch_engine", watch)
+    config = Config.model_validate({"routing": {"provenance": provenance}})
+    # The stand-in has no plugin, so that it is refused where stamps are required.
+    with pytest.raises(ConfigError) if provenance == "require" else nullcontext():
+        sglang.SglangEngine(config, write_files(tmp_path / "model"), 0).close()
+    assert events == [["stop", "shutdown"]]
