@@ -39,7 +39,7 @@ SHARED_GPU_LIMIT = 0.9
 _SHORTHANDS = {"model": "path"}
 
 
-# A stage fetches whole objects, and a stage of the models at hand has this many layers or more.
+# Whole objects are fetched: the more layers in one, the more of its neighbours' a pipeline stage gets.
 _STAGED_BLOCK_LAYERS = 8
 
 
