@@ -73,10 +73,16 @@ def repeated_ids(experts: ExpertIds) -> Bools:
 
 
 def constant_layers(pieces: Sequence[ExpertIds]) -> Bools:
-    """Return which layers send every row of `pieces`, each `[rows >= 1, layers, k]`, to one expert list, `[layers]`."""
-    first = pieces[0][0]
+    """Return which layers send every row of `pieces`, each `[rows, layers, k]`, to one expert list, `[layers]`.
+
+    None does where there is no row.
+    """
+    filled = [piece for piece in pieces if len(piece)]
+    if not filled:
+        return np.zeros(pieces[0].shape[1], np.bool_)
+    first = filled[0][0]
     constant: Bools = np.ones(len(first), np.bool_)
-    for piece in pieces:
+    for piece in filled:
         # Two rows rule out every live layer.
         constant &= (piece[[len(piece) // 2, -1]] == first).all(axis=(0, 2))
         if not constant.any():
@@ -90,19 +96,18 @@ def check_constant_layers(
 ) -> None:
     """Raise `RoutingError` when a layer sends all of at least `minimum_rows` rows to one and the same expert list.
 
-    Call it over all rows of a batch, in `pieces` of `[rows >= 1, layers, k]`: a live router never does that, a buffer
-    that was written once does (SGLang PR #36404 shows one row 67 times). `rows`: how many rows these stand for, where
-    shared ones are there once.
+    Call it over all rows of a batch, in `pieces` of `[rows, layers, k]`: a live router never does that, a buffer that
+    was written once does (SGLang PR #36404 shows one row 67 times). `rows`: how many rows these stand for, where shared
+    ones are there once.
     """
     count = sum(map(len, pieces)) if rows is None else rows
     if count < minimum_rows or not pieces:
         return
     constant = constant_layers(pieces)
     if constant.any():
-        layer = int(np.argmax(constant))
+        layer, first = int(np.argmax(constant)), next(piece[0] for piece in pieces if len(piece))
         raise RoutingError(
-            f"layer {layers[layer]} routes all {count} rows to {pieces[0][0, layer].tolist()}; "
-            "its router was not captured"
+            f"layer {layers[layer]} routes all {count} rows to {first[layer].tolist()}; its router was not captured"
         )
 
 

@@ -137,10 +137,10 @@ def fetch(handles: Sequence[BatchRef], layers: Sequence[int] | None = None) -> t
         core, *blocks = islice(found, len(refs))
         batches.append(replace(core, blocks=tuple(block for block in blocks if block is not None)))
     seconds = time.perf_counter() - begin
-    blocks_ = [(i, block) for i, batch in enumerate(batches) for block in batch.blocks if block.stored]
+    filled = [(i, block) for i, batch in enumerate(batches) for block in batch.blocks if block.nbytes]
     # An object lies in one place, so its first array says where.
-    where = pages([block.stored[0] for _, block in blocks_])
-    mapped = [Mapped(i, b.layers, b.nbytes, page) for (i, b), page in zip(blocks_, where, strict=True)]
+    where = pages([block.stored[0] for _, block in filled])
+    mapped = [Mapped(i, b.layers, b.nbytes, page) for (i, b), page in zip(filled, where, strict=True)]
     return batches, Fetched(ray.get_runtime_context().get_node_id(), seconds, tuple(mapped))
 
 

@@ -192,7 +192,7 @@ class RoutingBlock:
     @property
     def nbytes(self) -> int:
         """Bytes of routing in it."""
-        return sum(int(piece.nbytes) for piece in self.stored)
+        return sum(int(array.nbytes) for array in self.stored)
 
 
 @dataclass(frozen=True, slots=True)

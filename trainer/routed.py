@@ -61,14 +61,14 @@ class AuditPairs:
 class MicrobatchRouting:
     """What the routers of this rank need to know of one microbatch, on the model's device; `[b, s]` are its rows.
 
-    `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending
-    order and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]`
-    marks the rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only
-    compared with the model's own choice. `pads` bool `[b, s]`. The rows of `audit`, made when they are first asked
-    for and `audited` in number, are also compared with the record shifted by one row in both directions. `layers`,
-    `fault` and `compare` are those of `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b,
-    k]` by local MoE layer. `trace` keeps which rows differ in which layer. `unrecorded` int64 `[n]`: the rows
-    without a record in the routers' order, None where the own choice of every row is looked at.
+    `experts` `[b, s, layers, k]` of an unsigned integer dtype, the MoE layers of this rank's model in ascending order
+    and with the engine's order inside a row, or None to leave the routing alone; `recorded` bool `[b, s]` marks the
+    rows that have one (never a pad). With `force` those rows are replayed, otherwise they are only compared with the
+    model's own choice. `pads` bool `[b, s]`. The rows of `audit`, made when they are first asked for and `audited` in
+    number, are also compared with the record shifted by one row in both directions. `layers`, `fault` and `compare` are
+    those of `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b, k]` by local MoE layer.
+    `trace` keeps which rows differ in which layer. `unrecorded` int64 `[n]`: the rows without a record in the routers'
+    order, None where the own choice of every row is looked at.
     """
 
     experts: torch.Tensor | None

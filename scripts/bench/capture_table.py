@@ -60,7 +60,7 @@ class Load:
 class Run:
     """One run of a load in one way. Seconds: `seconds` from the moment when all its requests waited in the scheduler to
     the last answer, then `wait` until the rows of all answers were written, `decode` until they are arrays, `checks`
-    (and stamps), `pack` into the blocks of a batch; `from_call` is `seconds` with the sending of the requests.
+    (and stamps), `pack` into a batch and its copy; `from_call` is `seconds` with the sending of the requests.
 
     `prefills`, `decodes`: passes over prompts and passes of decoding. `parts`: what `seconds` is the sum of, until the
     first result, from each result of a pass to the next, and from the last one to the last answer. `gaps`: those parts

@@ -22,6 +22,12 @@ def test_every_shipped_config_loads(path):
     assert load_config_text(config.to_yaml()) == config
 
 
+@pytest.mark.parametrize(("given", "stages", "found"), [(None, 1, None), (None, 2, 8), (3, 1, 3), (3, 2, 3)])
+def test_a_record_is_cut_into_blocks_for_a_pipeline_or_when_asked(given, stages, found):
+    tree = {"routing": {"block_layers": given}, "trainer": {"pipeline_parallel": stages, "processes": stages}}
+    assert Config.model_validate(tree).block_layers == found
+
+
 def test_sections_are_the_agreed_ones():
     assert list(Config.model_fields) == [
         "run", "model", "task", "rollout", "routing", "replay", "trainer", "grpo", "weights", "metrics", "tracking",

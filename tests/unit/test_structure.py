@@ -75,6 +75,9 @@ def test_constant_layers_are_told_from_live_ones():
     rows[17, 2] = rows[17, 2, ::-1]
     for pieces in ([rows], cut, cut[::-1]):
         assert not constant_layers(pieces).any()
+    assert not constant_layers([rows[:0]]).any()
+    rows[:, 1] = rows[0, 1]
+    assert constant_layers([rows[:0], rows]).tolist() == [False, True, False, False]
 
 
 def test_equal_neighbours_are_compared_in_all_layers():
@@ -136,6 +139,9 @@ def test_a_layer_that_does_not_react_to_tokens_is_refused():
     check_live(rows, range(10, 14), 16, np.zeros(300, np.int64))
     with pytest.raises(RoutingError, match="layer 2"):
         check_constant_layers([rows], range(4))
+    with pytest.raises(RoutingError, match="layer 2 routes all 300 rows"):
+        check_constant_layers([rows[:0], rows], range(4))
+    check_constant_layers([rows[:0]], range(4), rows=300)
 
 
 def test_a_record_is_checked_when_it_is_made():
