@@ -65,8 +65,8 @@ step() {
     doctor) run doctor 240 1 "$PYTHON" -m r3.doctor replay --config grpo_qwen3moe_1gpu.yaml \
         trainer.gpus_per_process=1 ;;
     job1 | job2 | job4) job "${1#job}" ;;
-    replay) run replay 300 1 "$PYTHON" scripts/bench/replay.py --seconds "${REPLAY_SECONDS:-200}" \
-        --profile 3 --out "$OUT/replay.json" ;;
+    replay) run replay 300 1 "$PYTHON" scripts/bench/replay.py --rounds 1000 \
+        --seconds "${REPLAY_SECONDS:-200}" --profile 3 --out "$OUT/replay.json" ;;
     mismatch) run mismatch 500 1 "$PYTHON" scripts/bench/consistency.py --tokens "${TOKENS:-200000}" \
         --dense builtin:qwen3-1b --out "$OUT/mismatch.json" -- rollout.prompts_per_step=512 ;;
     gather) run gather 180 2 "$PYTHON" scripts/bench/gather.py --target "$OUT/gather.json" ;;

@@ -16,8 +16,9 @@ experts' products are the same:
 A round runs each way once, in an order by which every way follows every other. The ratio of a way is its median over
 the median of `off`, with a 95 % bootstrap interval over rounds: a step that something else on the host held up would
 move a mean by more than replay does. Where most steps are held up, the fastest tenth of each way (its 10th percentile)
-says more than the median. The first pass (log-probs, with the checks) and the update are compared apart, too. The
-table, with the seconds of every round under `raw`, is written after each round.
+says more than the median. The first pass (log-probs, with the checks) and the update are compared apart, too, and the
+sum of both halves' fastest tenths: a step that was held up in one half still says something of the other. The table,
+with the seconds of every round under `raw`, is written every `--write-every` seconds and at the end.
 
 `--profile N` adds, behind the rounds, N steps of each way under torch's profiler: what its kernels take, how many there
 are, and those in which a way differs most from `off` (operators, where there is no GPU).
@@ -26,6 +27,7 @@ are, and those in which a way differs most from `off` (operators, where there is
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -54,7 +56,7 @@ from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.replay import MicrobatchRouting, ReplayContext, router_order
 from r3.trainer.tally import Tally
 from r3.types import Batch, ModelSpec, Trajectory
-from scripts.bench.table import Row, bootstrap, environment, row, write
+from scripts.bench.table import Row, bootstrap, environment, row, show, write
 from tests.megatron.native import NativeReplay, native_policy
 from tests.megatron.toys import make_advantages, make_config, make_trace, write_model
 
@@ -74,12 +76,16 @@ class Run:
     first: float
     peak: int
 
+    @property
+    def update(self) -> float:
+        return self.seconds - self.first
+
 
 # What is compared: a step, and its two halves, as an update that something held up says nothing of the pass before it.
 PARTS: dict[str, tuple[str, Callable[[Run], float]]] = {
     "step": ("steps", lambda run: run.seconds),
     "first pass": ("first passes", lambda run: run.first),
-    "update": ("updates", lambda run: run.seconds - run.first),
+    "update": ("updates", lambda run: run.update),
 }
 
 
@@ -239,13 +245,9 @@ def rows_of(rounds: Sequence[dict[str, Run]], tokens: int) -> list[Row]:
     """Return the table's rows."""
     rows = []
     for what, (many, part) in PARTS.items():
-        for name, middle in ((what, np.median), (f"fastest tenth of {many}", partial(np.quantile, q=0.1))):
-            base = [part(found["off"]) for found in rounds]
-            for way in WAYS:
-                seconds = [part(found[way]) for found in rounds]
-                ratio, interval = bootstrap(seconds, base, middle)
-                rows.append(row(f"{way}, {name}", 1e3 * float(middle(seconds)), "ms", f"off, {name}", ratio,
-                                interval if way != "off" else ()))  # fmt: skip
+        rows += _compared(rounds, what, part, np.median)
+        rows += _compared(rounds, f"fastest tenth of {many}", part, partial(np.quantile, q=0.1))
+    rows += _compared(rounds, "fastest tenths of both halves", lambda run: (run.first, run.update), _sum_of_tenths)
     rows.append(row("r3, tokens of a step", tokens, "tokens"))
     rows.append(row("rounds", len(rounds), "rounds"))
     if rounds[0]["off"].peak:
@@ -256,6 +258,52 @@ def rows_of(rounds: Sequence[dict[str, Run]], tokens: int) -> list[Row]:
     return rows
 
 
+def _compared(
+    rounds: Sequence[dict[str, Run]], name: str, part: Callable[[Run], Any], middle: Callable[..., Any]
+) -> list[Row]:
+    base = [part(found["off"]) for found in rounds]
+    rows = []
+    for way in WAYS:
+        seconds = [part(found[way]) for found in rounds]
+        ratio, interval = bootstrap(seconds, base, middle)
+        rows.append(row(f"{way}, {name}", 1e3 * float(middle(seconds)), "ms", f"off, {name}", ratio,
+                        interval if way != "off" else ()))  # fmt: skip
+    return rows
+
+
+def _sum_of_tenths(halves: Any, axis: int = 0) -> Any:
+    """Return the sum of the 10th percentiles of two halves, `[..., rounds, 2]`, over the rounds (`axis`)."""
+    return np.quantile(halves, 0.1, axis=axis).sum(-1)
+
+
+def tabled(out: Path, made: Row, rounds: Sequence[dict[str, Run]], tokens: int, more: Sequence[Row] = ()) -> list[Row]:
+    """Write the table and return its rows, `more` behind those of the rounds."""
+    rows = [*rows_of(rounds, tokens), *more]
+    raw = {way: [round(one[way].seconds, 5) for one in rounds] for way in WAYS}
+    raw |= {f"{way}, first pass": [round(one[way].first, 5) for one in rounds] for way in WAYS}
+    write(out, made | {"raw": raw}, rows)
+    return rows
+
+
+def measured(bench: Bench, options: argparse.Namespace, made: Row, end: float) -> list[dict[str, Run]]:
+    """Run the rounds and return them; none begins after `end` (`time.monotonic()`)."""
+    # As a trainer rank does (`TrainerRank.join`): a walk through all modules takes a quarter of a step.
+    gc.collect()
+    gc.freeze()
+    for _ in range(options.warm_up):
+        for way in WAYS:
+            bench.run(way)
+    rounds: list[dict[str, Run]] = []
+    written = time.monotonic()
+    while len(rounds) < options.rounds and time.monotonic() < end:
+        rounds.append({way: bench.run(way) for way in ORDERS[len(rounds) % len(ORDERS)]})
+        # Not after each one: resampling takes longer than a round, with the GPU idle.
+        if time.monotonic() - written > options.write_every:
+            tabled(options.out, made, rounds, bench.tokens)
+            written = time.monotonic()
+    return rounds
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -264,7 +312,7 @@ def _now() -> float:
 
 def main() -> None:
     options = _parser().parse_args()
-    begin = time.monotonic()
+    end = time.monotonic() + options.seconds
     torch.set_num_threads(1)
     parallel.join(dist.HashStore(), 0, 1, seed=0, timeout_s=600)
     with tempfile.TemporaryDirectory() as place:
@@ -277,23 +325,14 @@ def main() -> None:
         facts = {"model": "tiny" if options.tiny else options.model, "dtype": options.dtype,
                  "experts": options.experts, "recompute": options.recompute, "length": options.length,
                  "micro_batch_size": options.micro_batch_size}  # fmt: skip
-        made, rounds = environment(**facts), []
-        for _ in range(options.warm_up):
-            for way in WAYS:
-                bench.run(way)
-        while len(rounds) < options.rounds and time.monotonic() - begin < options.seconds:
-            rounds.append({way: bench.run(way) for way in ORDERS[len(rounds) % len(ORDERS)]})
-            rows = rows_of(rounds, bench.tokens)
-            raw = {way: [round(one[way].seconds, 5) for one in rounds] for way in WAYS}
-            raw |= {f"{way}, first pass": [round(one[way].first, 5) for one in rounds] for way in WAYS}
-            write(options.out, made | {"raw": raw}, rows)
-        if rounds and options.profile:
-            rows += profiled(bench, options.profile)
-            write(options.out, made | {"raw": raw}, rows)
+        made = environment(**facts)
+        rounds = measured(bench, options, made, end)
         if not rounds:
             sys.exit(f"no round fits into --seconds {options.seconds:g}")
-        for one in rows:
-            print(f"{one['name']:<24} {one['value']:>12g} {one['unit']:<6} {one['ratio'] or '':<10} {one['ci95']}")
+        rows = tabled(options.out, made, rounds, bench.tokens)
+        if options.profile:
+            rows = tabled(options.out, made, rounds, bench.tokens, profiled(bench, options.profile))
+        show(rows)
     parallel.leave()
 
 
@@ -311,6 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=18)
     parser.add_argument("--warm-up", type=int, default=4, help="rounds that are not counted")
     parser.add_argument("--seconds", type=float, default=600, help="no new round begins after this")
+    parser.add_argument("--write-every", type=float, default=30, help="seconds between two tables (default 30)")
     parser.add_argument(
         "--profile", type=int, default=0, metavar="N", help="steps of each way to profile (default none)"
     )

@@ -89,10 +89,13 @@ def commit() -> str:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print a table's values with their intervals, a row a line."""
+    """Print a table's values, ratios and intervals, a row a line."""
     name, unit = (max(len(one[key]) for one in rows) for key in ("name", "unit"))
     for one in rows:
-        print(f"{one['name']:<{name}} {one['value']:>12g} {one['unit']:<{unit}} {one['ci95']}")
+        ratio = "" if one["ratio"] is None else f"{one['ratio']:.4f}"
+        print(
+            f"{one['name']:<{name}} {one['value']:>12g} {one['unit']:<{unit}} {ratio:>8} {one['ci95'] or ''}".rstrip()
+        )
 
 
 def write(file: Path, made: Row, rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -36,6 +37,10 @@ def test_two_ranks_train_and_errors_keep_their_type(model_dir: Path, tmp_path: P
     with TrainerGroup(make_config(trainer={"processes": 2}), model_dir) as group:
         assert group.spec() == spec
         assert group.versions()["device"] == "cpu"
+        frozen, walked = ray.get(
+            group._ranks[1].__ray_call__.remote(lambda _: (gc.get_freeze_count(), len(gc.get_objects())))
+        )
+        assert frozen > 10 * walked, "the collector walks through modules and model in a step"
         assert group.audit(refs)["router/coverage"] == 1
         result = group.step(1, make_advantages(batch), True, refs)
         assert (result.step, result.weight_version) == (1, 1)
