@@ -129,15 +129,17 @@ class RouterCounts:
     any layer. `overlap` float64 `[layers, 3, 2]`: sum over audited rows of |own & recorded| / k with the record shifted
     by -1, 0, +1 positions, rows of prompt and of sampled tokens apart; `overlap_pairs` int64: their number; `windows`
     float64 `[AUDIT_WINDOWS, 2]`: the same sum at lag 0 over the rows of a window and all layers, and its (row, layer)
-    pairs. `mismatched_ids`: recorded ids that replay left out. `required`: rows that a trained token's log-prob depends
-    on and that the engine captured; `replayed`: those of them that were forced; `native`: rows on the model's own
-    routing; `missing`: required rows without a record; `pads`.
+    pairs. `loads` int64 `[layers, experts]`: how often the record chose each expert, counted in passes that compare the
+    own choice with it. `mismatched_ids`: recorded ids that replay left out. `required`: rows that a trained token's
+    log-prob depends on and that the engine captured; `replayed`: those of them that were forced; `native`: rows on the
+    model's own routing; `missing`: required rows without a record; `pads`.
     """
 
     disagree: NDArray[np.int64]
     overlap: Floats
     overlap_pairs: NDArray[np.int64]
     windows: Floats
+    loads: NDArray[np.int64]
     compared: int = 0
     disagree_any: int = 0
     mismatched_ids: int = 0
@@ -148,14 +150,15 @@ class RouterCounts:
     pads: int = 0
 
     @classmethod
-    def zero(cls, layers: int) -> RouterCounts:
-        """Return the sums over no row at all, for a model with that many MoE layers."""
+    def zero(cls, layers: int, experts: int) -> RouterCounts:
+        """Return the sums over no row at all, for a model with that many MoE layers and experts in each."""
         lags = (layers, 3, 2)
         return cls(
             np.zeros(layers, np.int64),
             np.zeros(lags, np.float64),
             np.zeros(lags, np.int64),
             np.zeros((AUDIT_WINDOWS, 2), np.float64),
+            np.zeros((layers, experts), np.int64),
         )
 
     def __add__(self, other: RouterCounts) -> RouterCounts:

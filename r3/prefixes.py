@@ -48,6 +48,11 @@ class StoredRows:
             offsets[i + 1] = offsets[i] + (0 if experts is None else len(experts) - count)
         return cls(offsets, shared)
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many rows each record has, `[n]`."""
+        return np.diff(self.offsets) + self.shared[:, 1]
+
     def count(self, i: int) -> int:
         """Return how many rows the record of trajectory `i` has."""
         return int(self.offsets[i + 1] - self.offsets[i] + self.shared[i, 1])
@@ -59,24 +64,35 @@ class StoredRows:
 
     def take(self, i: int, stored: BlockRows) -> ExpertIds:
         """Return the rows of trajectory `i`, which has some, from those of a block; a view where they lie together."""
-        leader, count = (int(value) for value in self.shared[i])
-        own = self._own(i, stored)
-        if not count:
-            assert own is not None
-            return own
-        first = self._own(leader, stored)
-        assert first is not None
-        if own is None:
-            return first[:count]
-        rows = np.concatenate([first[:count], own])
-        rows.flags.writeable = False
-        return rows
+        leader, count = self.shared[i].tolist()
+        found = _joined(self._own(leader, stored), count, self._own(i, stored))
+        assert found is not None
+        return found
+
+    def all(self, stored: BlockRows) -> list[ExpertIds | None]:
+        """Return the rows of every trajectory, None where it has none, as `take` does one by one."""
+        own = [self._own(i, stored) for i in range(len(self.shared))]
+        return [
+            _joined(own[leader], count, rows) for rows, (leader, count) in zip(own, self.shared.tolist(), strict=True)
+        ]
 
     def _own(self, i: int, stored: BlockRows) -> ExpertIds | None:
-        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
-        if begin == end:
-            return None
-        return stored[i] if isinstance(stored, tuple) else stored[begin:end]
+        if isinstance(stored, tuple):
+            return stored[i]
+        begin, end = self.offsets[i : i + 2].tolist()
+        return stored[begin:end] if end > begin else None
+
+
+def _joined(leader: ExpertIds | None, count: int, own: ExpertIds | None) -> ExpertIds | None:
+    """Return the first `count` rows of `leader` and those of one's own behind them."""
+    if not count:
+        return own
+    assert leader is not None
+    if own is None:
+        return leader[:count]
+    rows = np.concatenate([leader[:count], own])
+    rows.flags.writeable = False
+    return rows
 
 
 def _common(rows: ExpertIds, others: ExpertIds, most: int) -> int:

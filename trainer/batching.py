@@ -32,12 +32,14 @@ class StepBatch:
     """Every trajectory of a step, its record and, flat in their order, what belongs to each response token.
 
     `records`: of each trajectory (whose own `routing` is None) the blocks of layers that this rank got; None where the
-    trajectory was not recorded. `offsets` int64 `[n + 1]`: where a trajectory's response tokens begin;
-    `rollout_logprobs` float32 `[T]` nats; `advantages` float32 `[T]`; `audit`: which recorded rows are audited.
+    trajectory was not recorded. `rows` int64 `[n]`: the recorded rows of each, 0 without a record. `offsets` int64
+    `[n + 1]`: where a trajectory's response tokens begin; `rollout_logprobs` float32 `[T]` nats; `advantages` float32
+    `[T]`; `audit`: which recorded rows are audited.
     """
 
     trajectories: tuple[Trajectory, ...]
     records: tuple[Record | None, ...]
+    rows: Ints
     offsets: Ints
     rollout_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
@@ -68,14 +70,15 @@ class StepBatch:
                     f"{name(trajectory)} was sampled from model {trajectory.fingerprint}, the trainer holds {model}"
                 )
         lengths = np.array([trajectory.response_len for trajectory in trajectories], dtype=np.int64)
-        records = tuple(batch.record(i) for batch in batches for i in range(len(batch)))
+        rows = np.concatenate([batch.stored.counts for batch in batches])
         return cls(
             trajectories=trajectories,
-            records=records,
+            records=tuple(record for batch in batches for record in batch.records()),
+            rows=rows,
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             rollout_logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
             advantages=np.repeat(advantages.astype(np.float32), lengths),
-            audit=AuditPlan.of(records, turn),
+            audit=AuditPlan.of(rows, turn),
         )
 
     @property
@@ -238,77 +241,113 @@ def microbatch(
     sizes = [len(trajectory.tokens) for trajectory in chosen]
     shape = form.shape(sizes)
     lengths = form.lengths(sizes) if form.packed else [shape[1]]
-    whole = _Whole(step, spec, form, shape)
-    begin = 0
-    for b, (i, trajectory) in enumerate(zip(samples, chosen, strict=True)):
-        whole.place(i, trajectory, *((0, begin) if form.packed else (b, 0)))
-        begin += lengths[b] if form.packed else 0
-    whole.require_known_ids(chosen, samples)
+    whole = _Whole(spec, form, shape)
+    begins = _begins(lengths)[: len(sizes)] if form.packed else np.arange(len(sizes)) * shape[1]
+    whole.place_tokens(step, samples, begins)
+    placed = whole.place_records(step, samples, begins.tolist())
+    whole.require_known_ids(step, samples)
     if whole.experts is not None:
-        check(Placed(whole.experts, whole.recorded, tuple(whole.placed)))
+        check(Placed(whole.experts, whole.recorded, tuple(placed)))
     if form.packed:
-        whole.positions[:] = np.concatenate([np.arange(length) for length in lengths])
+        whole.positions[:] = _runs(np.zeros(len(lengths), np.int64), lengths)
     return whole.cut(lengths)
 
 
-class _Whole:
-    """A microbatch before it is cut to one rank's rows."""
+def _begins(lengths: Sequence[int] | Ints) -> Ints:
+    """Return where each of some runs begins that lie one behind the other."""
+    return np.cumsum(lengths, dtype=np.int64) - np.asarray(lengths, np.int64)
 
-    def __init__(self, step: StepBatch, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
-        self.spec, self.form, self.offsets, self.records = spec, form, step.offsets.tolist(), step.records
-        self.placed: list[tuple[Trajectory, list[RoutingTrace]]] = []
-        self.audit, self.windows = step.audit, np.full(shape, -1, np.int64)
+
+def _runs(begins: Ints, lengths: Sequence[int] | Ints) -> Ints:
+    """Return the numbers of some runs, `lengths[i]` from `begins[i]` on, one run behind the other."""
+    return np.repeat(begins - _begins(lengths), lengths) + np.arange(np.sum(lengths, dtype=np.int64))
+
+
+def _within(begins: Ints, ends: Ints, size: int) -> Bools:
+    """Return which of `size` places are in one of some ascending runs `[begin, end)`, bool `[size]`."""
+    lengths = np.empty(2 * len(begins) + 1, np.int64)
+    lengths[1::2] = ends - begins
+    lengths[::2] = np.append(begins, size) - np.append(0, ends)
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+
+class _Whole:
+    """A microbatch before it is cut to one rank's rows.
+
+    All samples are put in at once: with short ones, most of an assignment is its call.
+    """
+
+    def __init__(self, spec: ModelSpec, form: Form, shape: tuple[int, int]) -> None:
+        self.spec, self.form = spec, form
         columns = form.columns if form.columns is not None else range(len(spec.moe_layers))
         self.layers = tuple(spec.moe_layers[column] for column in columns)
         self.tokens, self.labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
-        self.targets, self.recorded = np.full(shape, -1, np.int64), np.zeros(shape, np.bool_)
-        self.pads, self.sampled = np.ones(shape, np.bool_), np.zeros(shape, np.bool_)
-        captured = any(record is not None for record in step.records)
-        ids = (*shape, len(self.layers), spec.top_k)
-        self.experts = np.zeros(ids, expert_dtype(spec.num_experts)) if captured else None
+        self.targets, self.windows = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+        self.recorded, self.sampled = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+        self.pads = np.ones(shape, np.bool_)
+        self.experts: ExpertIds | None = None
         self.rows = RowClasses(pads=shape[0] * shape[1])
 
-    def place(self, i: int, trajectory: Trajectory, b: int, begin: int) -> None:
-        """Put trajectory `i` of the step into row `b` from position `begin` on."""
-        size, prompt = len(trajectory.tokens), trajectory.prompt_len
-        self.tokens[b, begin : begin + size] = trajectory.tokens
-        self.labels[b, begin : begin + size - 1] = trajectory.tokens[1:]
-        trained = slice(begin + prompt - 1, begin + size - 1)
-        self.targets[b, trained] = np.arange(self.offsets[i], self.offsets[i + 1])
-        self.pads[b, begin : begin + size] = False
-        self.sampled[b, begin + prompt : begin + size] = True
-        found, record = 0, self.records[i]
-        if record is not None and self.experts is not None:
-            found = self._place_record(i, trajectory, record, b, begin)
-        self.rows += RowClasses(rows=size, required=found, missing=size - 1 - found, pads=-size)
+    def place_tokens(self, step: StepBatch, samples: Sequence[int], begins: Ints) -> None:
+        """Put the samples at places `begins`."""
+        chosen = [step.trajectories[i] for i in samples]
+        if not chosen:
+            return
+        sizes = np.array([len(trajectory.tokens) for trajectory in chosen])
+        prompts = np.array([trajectory.prompt_len for trajectory in chosen])
+        here = _within(begins, begins + sizes, self.tokens.size)
+        first = _begins(sizes)
+        tokens = np.concatenate([trajectory.tokens for trajectory in chosen])
+        labels = np.append(tokens[1:], 0)
+        labels[first + sizes - 1] = 0
+        trained = _within(first + prompts - 1, first + sizes - 1, len(tokens))
+        targets = np.full(len(tokens), -1, np.int64)
+        targets[trained] = _runs(step.offsets[np.asarray(samples)], sizes - prompts)
+        self.tokens.reshape(-1)[here] = tokens
+        self.labels.reshape(-1)[here] = labels
+        self.targets.reshape(-1)[here] = targets
+        self.pads.reshape(-1)[here] = False
+        # The token that a trained row predicts is the next one.
+        self.sampled.reshape(-1)[here] = np.append(False, trained[:-1])
+        self.rows += RowClasses(rows=len(tokens), missing=len(tokens) - len(chosen), pads=-len(tokens))
 
-    def _place_record(self, i: int, trajectory: Trajectory, record: Record, b: int, begin: int) -> int:
-        """Put the record of trajectory `i` beside its tokens and return the number of its rows."""
-        assert self.experts is not None
-        blocks = needed_blocks(trajectory, record, self.spec, self.layers)
-        self.placed.append((trajectory, blocks))
-        cuts = [(block.experts, *_columns(block.layers, self.layers)) for block in blocks]
-        windows, row = self.audit.of_rows(i), 0
-        for span in record.spans:
-            where = slice(begin + span.begin, begin + span.end)
-            rows = slice(row, row + span.end - span.begin)
-            self.recorded[b, where] = True
-            self.windows[b, where] = windows[rows]
-            for experts, columns, local in cuts:
-                # Straight out of the object store: a block is never joined with others or copied as a whole.
-                self.experts[b, where][:, local] = experts[rows, columns]
-            row = rows.stop
-        return row
+    def place_records(
+        self, step: StepBatch, samples: Sequence[int], begins: Sequence[int]
+    ) -> list[tuple[Trajectory, list[RoutingTrace]]]:
+        """Put the records of the samples beside their tokens; return those that have one, with the blocks it took."""
+        if not step.rows.any():
+            return []
+        shape = (*self.tokens.shape, len(self.layers), self.spec.top_k)
+        self.experts = np.zeros(shape, expert_dtype(self.spec.num_experts))
+        rows = self.experts.reshape(self.tokens.size, *shape[2:])
+        placed, spans = [], []
+        for i, begin in zip(samples, begins, strict=True):
+            record = step.records[i]
+            if record is None:
+                continue
+            trajectory = step.trajectories[i]
+            blocks = needed_blocks(trajectory, record, self.spec, self.layers)
+            spans += [(begin + span.begin, begin + span.end) for span in record.spans]
+            _copy_rows(rows[begin:], record, [(one.experts, *_columns(one.layers, self.layers)) for one in blocks])
+            placed.append((trajectory, blocks, i))
+        if spans:
+            first, end = np.array(spans).T
+            recorded = _within(first, end, self.recorded.size)
+            found = int((end - first).sum())
+            self.recorded = recorded.reshape(self.recorded.shape)
+            self.windows[self.recorded] = np.concatenate([step.audit.of_rows(i) for _, _, i in placed])
+            self.rows += RowClasses(required=found, missing=-found)
+        return [(trajectory, blocks) for trajectory, blocks, _ in placed]
 
-    def require_known_ids(self, trajectories: Sequence[Trajectory], samples: Sequence[int]) -> None:
+    def require_known_ids(self, step: StepBatch, samples: Sequence[int]) -> None:
         """Raise `RoutingError` for an id that the model does not have: on a device it would end the process."""
         if self.experts is None or not self.experts.size or int(self.experts.max()) < self.spec.num_experts:
             return
-        for i, trajectory in zip(samples, trajectories, strict=True):
-            record = self.records[i]
+        for i in samples:
+            record = step.records[i]
             if record is not None:
-                check_ids(trajectory, record)
+                check_ids(step.trajectories[i], record)
 
     def cut(self, lengths: Sequence[int]) -> MicroBatch:
         """Return this rank's rows; `lengths` of the sequences in every row."""
@@ -335,6 +374,21 @@ class _Whole:
             shape=(self.tokens.shape[0], self.tokens.shape[1]),
             rows=self.rows,
         )
+
+
+def _copy_rows(
+    rows: ExpertIds, record: Record, blocks: Sequence[tuple[ExpertIds, slice | list[int], slice | list[int]]]
+) -> None:
+    """Copy a record into the `rows` from its first token on: of each block the wanted columns, to their places.
+
+    Straight out of the object store: a block is never joined with others or copied as a whole.
+    """
+    row = 0
+    for span in record.spans:
+        end = row + span.end - span.begin
+        for experts, columns, local in blocks:
+            rows[span.begin : span.end, local] = experts[row:end, columns]
+        row = end
 
 
 def plan_step(
@@ -374,6 +428,7 @@ def equal_shapes(step: StepBatch, plans: Sequence[Shares], form: Form) -> Form:
 
 def require_records(step: StepBatch) -> None:
     """Raise `RoutingError` when a trajectory has no routing record although replay needs one."""
-    for trajectory, record in zip(step.trajectories, step.records, strict=True):
-        if record is None:
-            raise RoutingError(f"{name(trajectory)} has no routing record; replay.mode is r3, so each one needs it")
+    for i in np.flatnonzero(step.rows == 0)[:1]:
+        raise RoutingError(
+            f"{name(step.trajectories[i])} has no routing record; replay.mode is r3, so each one needs it"
+        )

@@ -77,8 +77,8 @@ class MicrobatchCounts:
         # A map and its copy, and of the used ids twice.
         size = 0 if routing_map is None else 2 * rows * (routing_map.shape[1] + k)
         if self._routing.compare:
-            # Ids of both sides and every id with every other.
-            size += rows * k * (16 + k)
+            # Ids of both sides and every id with every other; a map of the recorded ones and its copy.
+            size += rows * k * (16 + k) + 2 * rows * self._tally.loads.shape[1]
         size += len(LAGS) * self._routing.audited * k * (16 + k)
         return (self._size + 1) * size > ROOM_BYTES
 
@@ -103,12 +103,19 @@ class MicrobatchCounts:
         """Count into `columns` where the own choice is another than the record, each int64 `[layers, t, k]`."""
         differs = ~contained(ids, own).all(-1) & self._record.recorded
         self._tally.disagree[columns].add_(differs.sum(-1))
+        self._tally.loads[columns].add_(self._loads(ids))
         anywhere = differs.any(0)
         self._differs = anywhere if self._differs is None else self._differs | anywhere
         if self._routing.trace:
             self._flags |= dict(zip(range(columns.start, columns.stop), differs.unbind(0), strict=True))
         if self._audit is not None:
             self._overlap(columns, own, ids, self._audit)
+
+    def _loads(self, ids: torch.Tensor) -> torch.Tensor:
+        """Count how often each expert is among the recorded `ids` int64 `[layers, t, k]`; int64 `[layers, experts]`."""
+        # By way of a map: adding to a few experts from many rows at once is slow on a GPU.
+        chosen = torch.zeros(*ids.shape[:2], self._tally.loads.shape[1], dtype=torch.bool, device=ids.device)
+        return (chosen.scatter_(2, ids, True) & self._record.mask).sum(1)
 
     def _overlap(self, columns: slice, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
         """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
@@ -40,18 +39,22 @@ def check_content(placed: Placed) -> None:
     # At once: with short records, most of a check is its call.
     repeated = has_repeats(placed.experts[placed.recorded])
     for trajectory, blocks in placed.records:
-        for block in blocks:
-            with _named(trajectory):
+        try:
+            for block in blocks:
                 if repeated:
                     check_distinct(block.experts, block.layers)
                 block.verify(trajectory.tokens)
+        except RoutingError as error:
+            raise _named(trajectory, error) from error
 
 
 def check_ids(trajectory: Trajectory, record: Record) -> None:
     """Raise `RoutingError` that names the trajectory where its record has an id that the model does not have."""
-    for block in record.blocks:
-        with _named(trajectory):
+    try:
+        for block in record.blocks:
             check_range(block.experts, block.num_experts)
+    except RoutingError as error:
+        raise _named(trajectory, error) from error
 
 
 class DeferredChecks:
@@ -104,46 +107,42 @@ def needed_blocks(
 
     Raises `RoutingError` that names the trajectory, also when a layer is in none of the blocks.
     """
-    needed = [block for block in record.blocks if _meet(block.layers, layers)]
-    for block in record.blocks:
-        experts = (block.num_experts, block.top_k)
-        if experts != (spec.num_experts, spec.top_k) or not _fit(block.layers, spec.moe_layers):
+    experts = (spec.num_experts, spec.top_k)
+    held = tuple(block.layers for block in record.blocks)
+    fitting, places, absent = _roles(held, layers, spec.moe_layers)
+    for block, fits in zip(record.blocks, fitting, strict=True):
+        found = (block.num_experts, block.top_k)
+        if found != experts or not fits:
             raise RoutingError(
                 f"{name(trajectory)}: the record is for layers, experts, top-k "
-                f"{(block.layers, *experts)}, "
-                f"the model has {(spec.moe_layers, spec.num_experts, spec.top_k)}"
+                f"{(block.layers, *found)}, "
+                f"the model has {(spec.moe_layers, *experts)}"
             )
-    absent = _absent(layers, tuple(block.layers for block in needed))
     if absent:
-        raise RoutingError(f"{name(trajectory)}: the blocks of its record that came lack MoE layers {absent}")
-    for block in needed:
-        with _named(trajectory):
-            block.validate_form(len(trajectory.tokens))
+        raise RoutingError(f"{name(trajectory)}: the blocks of its record that came lack MoE layers {list(absent)}")
+    needed = [record.blocks[place] for place in places]
+    size = len(trajectory.tokens)
+    try:
+        for block in needed:
+            block.validate_form(size)
+    except RoutingError as error:
+        raise _named(trajectory, error) from error
     return needed
 
 
 # The same few tuples for all records of a step.
 @lru_cache
-def _meet(block: tuple[int, ...], layers: tuple[int, ...]) -> bool:
-    return not set(layers).isdisjoint(block)
+def _roles(
+    held: tuple[tuple[int, ...], ...], layers: tuple[int, ...], model: tuple[int, ...]
+) -> tuple[tuple[bool, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return which blocks fit the model, the places of those that have any of `layers`, and the layers in none."""
+    fitting = tuple(block == tuple(layer for layer in model if layer in block) for block in held)
+    places = tuple(place for place, block in enumerate(held) if not set(layers).isdisjoint(block))
+    return fitting, places, tuple(sorted(set(layers).difference(*held)))
 
 
-@lru_cache
-def _fit(block: tuple[int, ...], layers: tuple[int, ...]) -> bool:
-    return block == tuple(layer for layer in layers if layer in block)
-
-
-@lru_cache
-def _absent(layers: tuple[int, ...], blocks: tuple[tuple[int, ...], ...]) -> list[int]:
-    return sorted(set(layers).difference(*blocks))
-
-
-@contextmanager
-def _named(trajectory: Trajectory) -> Iterator[None]:
-    try:
-        yield
-    except RoutingError as error:
-        raise RoutingError(f"{name(trajectory)}: {error}") from error
+def _named(trajectory: Trajectory, error: RoutingError) -> RoutingError:
+    return RoutingError(f"{name(trajectory)}: {error}")
 
 
 def name(trajectory: Trajectory) -> str:

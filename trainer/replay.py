@@ -165,7 +165,7 @@ class ReplayContext:
         exactly once per microbatch.
         """
         self.require_empty("before the pass")
-        self._tally = Tally.zero(len(self._spec.moe_layers), device, self._spec.top_k)
+        self._tally = Tally.zero(self._spec, device)
         try:
             yield self._tally
             self.require_empty("after the pass")
@@ -250,7 +250,7 @@ class _Visit:
         if force and routing.unrecorded is not None:
             return self._replayed(scores, topk, choose, routing.unrecorded)
         # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
-        values, own = choose(scores.detach() if force else scores)
+        values, own = choose(scores.detach() if force and scores.requires_grad else scores)
         if fault is not None and fault.noise:
             spread = fault.noise * scores.std(1, keepdim=True)
             _, own = choose(scores + spread * torch.randn_like(scores))

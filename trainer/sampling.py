@@ -12,7 +12,6 @@ import numpy as np
 
 from r3.audit import LAGS, choose_windows
 from r3.trainer.rows import Bools, Ints
-from r3.types import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +27,9 @@ class AuditPlan:
     places: Ints
 
     @classmethod
-    def of(cls, records: tuple[Record | None, ...], turn: int) -> AuditPlan:
-        """Plan the audit of step `turn`."""
-        rows = [sum(span.end - span.begin for span in record.spans) if record else 0 for record in records]
-        offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
+    def of(cls, rows: Ints, turn: int) -> AuditPlan:
+        """Plan the audit of step `turn`, of whose trajectories `rows` int64 `[n]` are recorded."""
+        offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         windows = choose_windows(int(offsets[-1]), turn)
         places = np.full(offsets[-1], -1, np.int64)
         for index, (begin, end) in enumerate(windows):

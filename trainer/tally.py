@@ -14,6 +14,7 @@ from r3.errors import RoutingError
 from r3.metrics import AUDIT_WINDOWS, RouterCounts
 from r3.trainer import parallel
 from r3.trainer.rows import RowClasses
+from r3.types import ModelSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -21,9 +22,10 @@ class Tally:
     """Sums over the router calls of one pass; see `RouterCounts` for their meaning.
 
     Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own.
-    `followed` int64 `[layers]`: rows for which the router really used every recorded id; `overlap` `[layers, 3, 2]` and
-    `windows` `[AUDIT_WINDOWS]`: ids shared by the audited pairs, counts in float64; `overlap_pairs`, `window_pairs`:
-    the number of pairs, which the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
+    `followed` int64 `[layers]`: rows for which the router really used every recorded id; `loads` `[layers, experts]`:
+    how often the record chose each expert, in a pass that compares the own choice with it; `overlap` `[layers, 3, 2]`
+    and `windows` `[AUDIT_WINDOWS]`: ids shared by the audited pairs, in float64; `overlap_pairs`, `window_pairs`: the
+    number of pairs, which the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
     `differs`: for each microbatch that was compared, which rows differ in any of this rank's layers; `runs`:
     microbatches per model chunk; `flags`: for each microbatch and column, where asked for, which rows differ there;
     `seconds`: host time spent in replay.
@@ -32,6 +34,7 @@ class Tally:
     top_k: int
     disagree: torch.Tensor
     followed: torch.Tensor
+    loads: torch.Tensor
     overlap: torch.Tensor
     windows: torch.Tensor
     compared: torch.Tensor
@@ -46,16 +49,18 @@ class Tally:
     seconds: float = 0.0
 
     @classmethod
-    def zero(cls, layers: int, device: torch.device, top_k: int) -> Tally:
-        """Return empty counters for a model with that many MoE layers and experts per token."""
+    def zero(cls, spec: ModelSpec, device: torch.device) -> Tally:
+        """Return empty counters for a model."""
+        layers = len(spec.moe_layers)
 
         def count(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         return cls(
-            top_k=top_k,
+            top_k=spec.top_k,
             disagree=count(layers),
             followed=count(layers),
+            loads=count(layers, spec.num_experts),
             overlap=count(layers, 3, 2).double(),
             windows=count(AUDIT_WINDOWS).double(),
             compared=count(),
@@ -116,15 +121,17 @@ class Tally:
             # Every stage compares the same rows.
             anywhere, self.compared = torch.zeros_like(anywhere), torch.zeros_like(self.compared)
         pairs = np.concatenate([self.overlap_pairs.reshape(-1), self.window_pairs]).astype(np.float64)
-        found = (self.disagree, self.followed, anywhere, self.compared, self.mismatched_ids, self.overlap, self.windows)
+        scalars = torch.stack([anywhere, self.compared, self.mismatched_ids])
+        found = (self.disagree, self.followed, self.loads, scalars, self.overlap, self.windows)
         parts = [tensor.reshape(-1).double() for tensor in found]
         local = torch.cat([*parts, parallel.upload(pairs, self.disagree.device)])
         flat = parallel.sum_over_model(local).cpu().numpy()
-        layers = len(self.disagree)
+        layers, experts = self.loads.shape
         if not where.reports or where.context:
-            return RouterCounts.zero(layers)
-        sizes = [layers, layers, 3, 6 * layers, AUDIT_WINDOWS, 6 * layers]
-        disagree, followed, scalars, overlap, windows, overlap_pairs, window_pairs = np.split(flat, np.cumsum(sizes))
+            return RouterCounts.zero(layers, experts)
+        sizes = [layers, layers, layers * experts, 3, 6 * layers, AUDIT_WINDOWS, 6 * layers]
+        split = np.split(flat, np.cumsum(sizes))
+        disagree, followed, loads, totals, overlap, windows, overlap_pairs, window_pairs = split
         replayed = int(followed.min()) if layers else 0
         # A dense model has no top-k, and nothing to divide.
         k = max(self.top_k, 1)
@@ -133,9 +140,10 @@ class Tally:
             overlap=overlap.reshape(layers, 3, 2) / k,
             overlap_pairs=overlap_pairs.astype(np.int64).reshape(layers, 3, 2),
             windows=np.stack([windows / k, window_pairs], 1),
-            compared=int(scalars[1]),
-            disagree_any=int(scalars[0]),
-            mismatched_ids=int(scalars[2]),
+            loads=loads.astype(np.int64).reshape(layers, experts),
+            compared=int(totals[1]),
+            disagree_any=int(totals[0]),
+            mismatched_ids=int(totals[2]),
             required=rows.required,
             replayed=replayed,
             native=rows.rows - replayed,
@@ -150,7 +158,12 @@ def counts_over_ranks(counts: RouterCounts) -> RouterCounts:
     total = parallel.sum_over_ranks(np.concatenate([part.reshape(-1) for part in parts]))
     split = np.split(total, np.cumsum([part.size for part in parts])[:-1])
     shaped = [values.reshape(part.shape) for values, part in zip(split, parts, strict=True)]
-    disagree, overlap, pairs, windows = shaped[:4]
+    disagree, overlap, pairs, windows, loads = shaped[:5]
     return RouterCounts(
-        disagree.astype(np.int64), overlap, pairs.astype(np.int64), windows, *(int(part) for part in shaped[4:])
+        disagree.astype(np.int64),
+        overlap,
+        pairs.astype(np.int64),
+        windows,
+        loads.astype(np.int64),
+        *(int(part) for part in shaped[5:]),
     )

@@ -25,7 +25,6 @@ from r3.checkpoint import FileRecord
 from r3.config import Config
 from r3.errors import ConfigError
 from r3.metrics import RouterCounts
-from r3.routing import ExpertIds
 from r3.tokens import observes_tokens
 from r3.trainer import parallel
 from r3.trainer.batching import MicroBatch, StepBatch, plan_step, require_records
@@ -183,7 +182,7 @@ class TrainerWorker:
         native = self._logprobs(share_, free) if use.force and counterfactual else None
         r2 = self._replay_own(share_, native or old) if keeps else None
         extra = sum(one.seconds for one in (native, r2) if one)
-        loads = self._expert_loads(share_.step)
+        loads = old.counts.loads
         tokens = self._tokens.report(step, share_.step, old.traced, native.traced if native else None)
         reference = self._reduced(self.policy.reference_logprobs(share_.microbatches, share_.step))
         # The old log-probs' pass compared the same records; updates are only asked for what they used.
@@ -338,23 +337,6 @@ class TrainerWorker:
         if alarms and self._config.routing.on_alarm == "fail":
             raise AuditError(f"step {number}", alarms)
         return alarms
-
-    def _expert_loads(self, step: StepBatch) -> NDArray[np.int64]:
-        """Count how often the record chose each expert, int64 `[layers, experts]`, the same on every rank.
-
-        Every rank holds the records of its own layers for the whole step, so the counts are joined and not added.
-        """
-        spec = self._arch.spec
-        loads = np.zeros((len(spec.moe_layers), spec.num_experts), np.int64)
-        parts: dict[tuple[int, ...], list[ExpertIds]] = {}
-        for record in step.records:
-            for block in record.blocks if record else ():
-                parts.setdefault(block.layers, []).append(block.experts)
-        for layers, part in parts.items():
-            # A block at a time: its copy is the largest thing here.
-            columns = [spec.moe_layers.index(layer) for layer in layers]
-            loads[columns] = metrics.expert_loads(np.concatenate(part), spec.num_experts)
-        return parallel.largest_over_ranks(loads)
 
     def _update_metrics(self, step: StepBatch, old: _Pass, updates: Sequence[Update]) -> Metrics:
         counts = [old.counts, *(counts_over_ranks(update.counts) for update in updates)]

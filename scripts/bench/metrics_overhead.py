@@ -78,7 +78,6 @@ def instrument(watch: Stopwatch) -> None:
         (metrics, "mismatch", "mismatch"),
         (metrics, "disagreement", "mismatch"),
         (metrics, "replay_health", "mismatch"),
-        (TrainerWorker, "_expert_loads", "loads"),
         (TrainerWorker, "_overlaps", "loads"),
         (TrainerWorker, "_alarms", "loads"),
         (Trace, "of", "tokens"),

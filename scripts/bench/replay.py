@@ -92,17 +92,16 @@ PARTS: dict[str, tuple[str, Callable[[Run], float]]] = {
 class GivenRouting:
     """`ReplayContext`'s interface for the way `off`: ids are on the device before the step, nothing is counted."""
 
-    def __init__(self, layers: Sequence[int], top_k: int, ids: Sequence[dict[int, torch.Tensor]]) -> None:
+    def __init__(self, spec: ModelSpec, ids: Sequence[dict[int, torch.Tensor]]) -> None:
         # `ids`: for each microbatch of a pass, int64 [s * b, k] by layer.
         self._ids, self._active = ids, -1
-        self.columns, self._layers, self._calls = tuple(range(len(layers))), len(layers), 0
-        self._top_k = top_k
+        self.columns, self._spec, self._calls = tuple(range(len(spec.moe_layers))), spec, 0
         self._pads: torch.Tensor | None = None
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[Tally]:
         self._calls = 0
-        yield Tally.zero(self._layers, device, self._top_k)
+        yield Tally.zero(self._spec, device)
 
     def run(self, routing: MicrobatchRouting, call: Callable[[], torch.Tensor], chunk: int = 0) -> torch.Tensor:
         index, pads = self._calls, routing.pads.T
@@ -155,7 +154,7 @@ class Bench:
         self._replay = self.ours.replay
         spec = self._arch.spec
         ids = [self._ids(one) for one in self._laid_out(self.ours, self._with)]
-        self._given = GivenRouting(spec.moe_layers, spec.top_k, ids)
+        self._given = GivenRouting(spec, ids)
 
     def run(self, way: str) -> Run:
         """Run one step."""

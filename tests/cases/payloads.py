@@ -92,7 +92,7 @@ def alarms(records: list[Ids], own: list[Ids], model: ModelSpec = MODEL) -> set[
     A plain numpy stand-in for the trainer's counters, which tests/megatron/test_audit.py runs on a live model.
     """
     layers = len(model.moe_layers)
-    counts = RouterCounts.zero(layers)
+    counts = RouterCounts.zero(layers, model.num_experts)
     windows = choose_windows(sum(map(len, records)), 0)
     first = 0
     for record, chosen in zip(records, own, strict=True):

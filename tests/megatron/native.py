@@ -42,14 +42,14 @@ class NativeReplay:
         ]
         self._local = {layer: index for index, layer in enumerate(sorted(self._routers))}
         self.columns = tuple(spec.moe_layers.index(layer) for layer in sorted(self._routers))
-        self._layers, self._top_k = len(spec.moe_layers), spec.top_k
+        self._spec = spec
         self.spoil: Callable[[Ids], Ids] = lambda ids: ids
         self.peak_bytes, self._tally = 0, self._zero(torch.device("cpu"))
         for replay in self._routers.values():
             replay.get_replay_topk = self._timed(replay)
 
     def _zero(self, device: torch.device) -> Tally:
-        return Tally.zero(self._layers, device, self._top_k)
+        return Tally.zero(self._spec, device)
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[Tally]:

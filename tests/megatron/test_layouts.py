@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from r3.config import Config
+from r3.metrics import expert_loads
 from r3.trainer import parallel
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
@@ -60,6 +61,8 @@ def assert_equal(found: Rehearsal, expected: Rehearsal, batch: Batch, config: Co
     assert counts.replayed == counts.required == counts.compared == rows
     assert counts.native == len(batch), "only last tokens route on their own"
     np.testing.assert_array_equal(counts.disagree, expected.counts.disagree)
+    records = np.concatenate([t.routing.experts for t in batch.trajectories() if t.routing])
+    np.testing.assert_array_equal(counts.loads, expert_loads(records, counts.loads.shape[1]))
     np.testing.assert_array_equal(found.differs, expected.differs)
     assert counts.disagree_any == expected.counts.disagree_any
     assert found.loss == pytest.approx(expected.loss, abs=1e-6)

@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def rehearsal() -> Rehearsal:
-    counts = replace(RouterCounts.zero(2), required=9, replayed=9, compared=9)
+    counts = replace(RouterCounts.zero(2, 8), required=9, replayed=9, compared=9)
     tensors = {"a": np.ones(4000, np.float32), "b": np.full(3, 2, np.float32)}
     return Rehearsal(1.0, np.zeros(5), np.zeros((5, 2), np.bool_), 3.0, tensors, tensors, counts, False, 0.0)
 

@@ -51,7 +51,7 @@ def counts(lags: np.ndarray, windows: np.ndarray | None = None, rows: int = ROWS
 
     `sampled`: what is taken from the overlap of the half of the rows whose token was sampled, and given to the others.
     """
-    made = RouterCounts.zero(len(lags))
+    made = RouterCounts.zero(len(lags), 4)
     apart = np.stack([lags + sampled, lags - sampled], 2)
     made.overlap[:], made.overlap_pairs[:] = apart * (rows / 2), rows // 2
     means = lags[:, 1].mean(keepdims=True) if windows is None else windows
@@ -99,7 +99,7 @@ def test_rows_of_sampled_tokens_are_not_hidden_by_a_shared_prompt() -> None:
 
 
 def test_a_pass_without_a_record_has_no_numbers() -> None:
-    assert overlap_metrics(RouterCounts.zero(5), LAYERS, choose_windows(0, 0)) == {}
+    assert overlap_metrics(RouterCounts.zero(5, 4), LAYERS, choose_windows(0, 0)) == {}
     assert find_alarms({}, 0.6) == ()
 
 

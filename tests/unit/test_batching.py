@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from r3.errors import RoutingError
 from r3.routing import RoutingTrace
 from r3.trainer.batching import Form, StepBatch, microbatch, require_records, share
+from r3.trainer.rows import RowClasses
 from r3.types import Batch, ModelSpec, Record, Trajectory
 
 SPEC = ModelSpec("qwen3_moe", 4, (1, 3), 16, 3, 8, 100)
@@ -100,6 +101,64 @@ def test_rows_are_aligned() -> None:
                 assert step.advantages[made.targets[b, t]] == i + 1
         assert not made.recorded[b, last + 1 :].any()
         assert (made.targets[b, last + 1 :] == -1).all()
+
+
+def by_hand(step: StepBatch, samples: Sequence[int], form: Form) -> dict[str, np.ndarray]:
+    """Lay samples out token by token."""
+    sizes = [len(step.trajectories[i].tokens) for i in samples]
+    shape = (1, max(sum(sizes), 1)) if form.packed else (max(len(sizes), 1), max([*sizes, 1]))
+    made = {name: np.zeros(shape, np.int64) for name in ("tokens", "labels", "recorded", "sampled")}
+    made |= {name: np.full(shape, -1) for name in ("targets", "windows")}
+    made |= {"pads": np.ones(shape, np.int64), "experts": np.zeros((*shape, len(SPEC.moe_layers), SPEC.top_k))}
+    made["positions"] = np.zeros(shape, np.int64) if form.packed else np.tile(np.arange(shape[1]), (shape[0], 1))
+    for b, i in enumerate(samples):
+        sample, record, row = step.trajectories[i], step.records[i], 0
+        for t, token in enumerate(sample.tokens):
+            at = (0, sum(sizes[:b]) + t) if form.packed else (b, t)
+            made["tokens"][at], made["positions"][at], made["pads"][at] = token, t, 0
+            made["sampled"][at] = t >= sample.prompt_len
+            if t + 1 < len(sample.tokens):
+                made["labels"][at] = sample.tokens[t + 1]
+                if t + 1 >= sample.prompt_len:
+                    made["targets"][at] = step.offsets[i] + t + 1 - sample.prompt_len
+            if record is not None and any(span.begin <= t < span.end for span in record.spans):
+                made["recorded"][at] = 1
+                made["windows"][at] = step.audit.places[step.audit.offsets[i] + row]
+                made["experts"][at] = record.blocks[0].experts[row]
+                row += 1
+    return made
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=6),
+    kinds=st.lists(st.sampled_from(["whole", "gap", "none"]), min_size=6, max_size=6),
+    packed=st.booleans(),
+    data=st.data(),
+)
+def test_samples_laid_out_at_once_are_those_laid_out_token_by_token(
+    sizes: list[tuple[int, int]], kinds: list[str], packed: bool, data: st.DataObject
+) -> None:
+    made = []
+    for member, ((prompt, response), kind) in enumerate(zip(sizes, kinds, strict=False)):
+        sample = trajectory(0, member, prompt, response)
+        assert sample.routing is not None
+        last = len(sample.tokens) - 1
+        if kind == "gap" and last > 2:
+            parts = (sample.routing.clip(begin, end, sample.tokens) for begin, end in ((0, 1), (2, last)))
+            sample = replace(sample, routing=next(parts).concatenate(next(parts), sample.tokens))
+        made.append(replace(sample, routing=None) if kind == "none" else sample)
+    step = step_of(*made)
+    samples = data.draw(st.permutations(range(len(made))))[: data.draw(st.integers(0, len(made)))]
+    form = Form(packed=packed)
+    found, expected = microbatch(step, samples, SPEC, form), by_hand(step, samples, form)
+    for name, values in expected.items():
+        if name == "experts" and found.experts is None:
+            assert all(record is None for record in step.records)
+            continue
+        np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
+    rows, inputs = int((1 - expected["pads"]).sum()), int(expected["recorded"].sum())
+    assert found.rows == RowClasses(rows, inputs, rows - len(samples) - inputs, int(expected["pads"].sum()))
 
 
 def test_rows_are_counted_by_kind() -> None:

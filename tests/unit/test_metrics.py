@@ -79,7 +79,7 @@ def test_gain_is_absent_without_a_divisor():
 def _counts(**change):
     base = dict(
         disagree=np.array([1, 3]), overlap=np.ones((2, 3, 2)), overlap_pairs=np.full((2, 3, 2), 10),
-        windows=np.zeros((metrics.AUDIT_WINDOWS, 2)), compared=10, disagree_any=4,
+        windows=np.zeros((metrics.AUDIT_WINDOWS, 2)), loads=np.ones((2, 16), np.int64), compared=10, disagree_any=4,
         mismatched_ids=0, required=8, replayed=6, native=2, missing=2, pads=4,
     )  # fmt: skip
     return metrics.RouterCounts(**(base | change))
@@ -106,7 +106,7 @@ def test_counts_of_two_ranks_add_up():
     both = _counts() + _counts(compared=5)
     assert both.compared == 15
     assert both.disagree.tolist() == [2, 6]
-    assert (metrics.RouterCounts.zero(2) + _counts()).replayed == 6
+    assert (metrics.RouterCounts.zero(2, 16) + _counts()).replayed == 6
 
 
 def test_load_imbalance_of_balanced_and_collapsed_routing():

@@ -181,7 +181,7 @@ class Trainers:
         rollout, passes = -generator.random(12 * len(prompts)), []
         for use in uses:
             train = rollout + generator.normal(0, 0.1 if use.force else 0.2, len(rollout))
-            counts = replace(RouterCounts.zero(4), compared=10, disagree_any=step)
+            counts = replace(RouterCounts.zero(4, 8), compared=10, disagree_any=step)
             passes.append(Recomputation(train, counts, {}, 0.5))
         return Recomputed(rollout, np.full(3 * len(prompts), 4), np.arange(3 * len(prompts)) // 3, tuple(passes))
 

@@ -76,8 +76,15 @@ def test_a_record_in_blocks_is_the_record(packed, size):
     for i, before in enumerate(packed):
         record, after = batch.record(i), batch.trajectory(i)
         assert (record is None) == (after.routing is None) == (before.routing is None)
+        together = batch.records()[i]
         if record is None:
+            assert together is None
             continue
+        assert together.spans == record.spans
+        for one, block in zip(together.blocks, record.blocks, strict=True):
+            assert replace(one, experts=block.experts) == block
+            assert np.array_equal(one.experts, block.experts)
+            assert one.experts.flags.writeable == block.experts.flags.writeable
         for block, whole in zip(record.blocks, batch.blocks, strict=True):
             # Every block stands for itself: its rows and checksum need no other one.
             block.validate(len(before.tokens))
