@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ class Placed:
     recorded: Bools
     records: tuple[tuple[Trajectory, Sequence[RoutingTrace]], ...]
 
+
+# Microbatches whose checks wait for the end of a pass. In a longer one a GPU has work ahead, and they would be many.
+HELD = 4
 
 ContentCheck = Callable[[Placed], None]
 
@@ -62,28 +66,29 @@ class DeferredChecks:
 
     Give it to `microbatch`, and `finish` it before anything is trained on the records. As a context it finishes at the
     end; what a broken record made of the block is raised as the `RoutingError` that caused it. The checks are numpy's
-    and zlib's work, which let go of the interpreter meanwhile, but each time they want it back the thread that feeds a
-    GPU waits. With `hold` a microbatch's checks begin with the next one or with `begin`, when the GPU has work ahead.
+    and zlib's work, which let go of the interpreter meanwhile; but they want it back every 20 us, and each time the
+    thread that feeds a GPU waits: a check costs it as long as it takes. So with `hold` they begin with `begin`, when
+    that thread has nothing left but to wait, two at a time; of more than `HELD` microbatches, the oldest begin before.
     """
 
     def __init__(self, *, hold: bool = False) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="r3-record-checks")
-        self._hold = hold
-        self._held: Placed | None = None
+        self._threads = ThreadPoolExecutor(2 if hold else 1, thread_name_prefix="r3-record-checks")
+        self._most = HELD if hold else 0
+        self._held: deque[Placed] = deque()
         self._running: list[Future[None]] = []
 
     def __call__(self, placed: Placed) -> None:
-        """Check the records of one microbatch beside, those that are held before them."""
-        self.begin()
-        self._held = placed
-        if not self._hold:
-            self.begin()
+        """Check the records of one microbatch beside."""
+        self._held.append(placed)
+        self._begin(self._most)
 
     def begin(self) -> None:
         """Begin with what is held."""
-        if self._held is not None:
-            self._running.append(self._thread.submit(check_content, self._held))
-            self._held = None
+        self._begin(0)
+
+    def _begin(self, left: int) -> None:
+        while len(self._held) > left:
+            self._running.append(self._threads.submit(check_content, self._held.popleft()))
 
     def finish(self) -> None:
         """Wait for all checks; raise the `RoutingError` of the first record that failed."""
