@@ -77,8 +77,8 @@ class MicrobatchCounts:
         # A map and its copy, and of the used ids twice.
         size = 0 if routing_map is None else 2 * rows * (routing_map.shape[1] + k)
         if self._routing.compare:
-            # Ids of both sides and every id with every other; a map of the recorded ones and its copy.
-            size += rows * k * (16 + k) + 2 * rows * self._tally.loads.shape[1]
+            # Ids of both sides and every id with every other.
+            size += rows * k * (16 + k)
         size += len(LAGS) * self._routing.audited * k * (16 + k)
         return (self._size + 1) * size > ROOM_BYTES
 
@@ -113,9 +113,10 @@ class MicrobatchCounts:
 
     def _loads(self, ids: torch.Tensor) -> torch.Tensor:
         """Count how often each expert is among the recorded `ids` int64 `[layers, t, k]`; int64 `[layers, experts]`."""
-        # By way of a map: adding to a few experts from many rows at once is slow on a GPU.
-        chosen = torch.zeros(*ids.shape[:2], self._tally.loads.shape[1], dtype=torch.bool, device=ids.device)
-        return (chosen.scatter_(2, ids, True) & self._record.mask).sum(1)
+        layers, rows, k = ids.shape
+        recorded = self._record.mask.long().expand(rows, k).reshape(1, -1).expand(layers, -1)
+        loads = torch.zeros(layers, self._tally.loads.shape[1], dtype=torch.int64, device=ids.device)
+        return loads.scatter_add_(1, ids.flatten(1), recorded)
 
     def _overlap(self, columns: slice, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
         """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""

@@ -136,7 +136,7 @@ def test_layers_counted_at_once_are_those_counted_alone(
     tally, cases = Tally.zero(MODEL, CPU), [make_case(0, (3, 10)), make_case(1, (1, 30))]
     for case in cases:
         if room is not None:
-            per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K) + 2 * EXPERTS) + 3 * len(case.rows.window) * K * (16 + K)
+            per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + 3 * len(case.rows.window) * K * (16 + K)
             monkeypatch.setattr(counting, "ROOM_BYTES", room * per_layer)
             monkeypatch.setattr(routed, "WIDE_BYTES", 0)
         audit = partial(AuditPairs.of, case.rows, CPU)
