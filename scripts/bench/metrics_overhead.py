@@ -4,12 +4,12 @@
     python scripts/bench/metrics_overhead.py
     python scripts/bench/metrics_overhead.py --tokens 8192 --repeats 30
 
-*Routers*: counting disagreement, used ids and the audit's overlaps, in every router call and behind every microbatch.
-*Mismatch*: the sums over tokens. *Loads*: expert histograms. *Reduce*: joining the counters. *Driver*: alarms, early
-loads, the step's line in `metrics.jsonl`. *Tokens*: the data of single tokens, which one step in `metrics.tokens_every`
-keeps, spread over all of them. One process; each part is timed inside the same steps that it is compared with, so that
-the share depends little on the machine's load. The step is that of the trainer alone, without generation: a larger step
-only makes the share smaller. Means over whole rounds of `metrics.tokens_every` steps.
+*Routers*: counting disagreement, used ids, expert loads and the audit's overlaps, in every router call and behind every
+microbatch. *Mismatch*: the sums over tokens. *Overlaps*: the audit's numbers and alarms. *Reduce*: joining counters.
+*Driver*: alarms, early loads, the step's line in `metrics.jsonl`. *Tokens*: data of single tokens, which one step in
+`metrics.tokens_every` keeps, spread over all of them. One process; each part is timed inside the same steps that it is
+compared with, so that the share depends little on the machine's load. The step is that of the trainer alone, without
+generation: a larger step only makes the share smaller. Means over whole rounds of `metrics.tokens_every` steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from r3.watch import Watch
 from scripts.bench.replay_time import LENGTH, SIZES, make_batch
 from tests.megatron.toys import joined_worker, make_advantages, make_config, write_model
 
-PARTS = ("routers", "mismatch", "loads", "tokens", "reduce", "driver")
+PARTS = ("routers", "mismatch", "overlaps", "tokens", "reduce", "driver")
 EVERY = MetricsConfig().tokens_every
 
 
@@ -78,8 +78,8 @@ def instrument(watch: Stopwatch) -> None:
         (metrics, "mismatch", "mismatch"),
         (metrics, "disagreement", "mismatch"),
         (metrics, "replay_health", "mismatch"),
-        (TrainerWorker, "_overlaps", "loads"),
-        (TrainerWorker, "_alarms", "loads"),
+        (TrainerWorker, "_overlaps", "overlaps"),
+        (TrainerWorker, "_alarms", "overlaps"),
         (Trace, "of", "tokens"),
         (TokenObserver, "report", "tokens"),
         (RunDirectory, "log_tokens", "tokens"),
