@@ -4,9 +4,9 @@
     python scripts/bench/replay.py                                   # one GPU, builtin:qwen3moe-1b
     python scripts/bench/replay.py --tiny --out /tmp/replay.json     # proves the script, on a CPU
 
-A step is what the trainer does with one batch: lay out the microbatches, recompute the log-probs, check the content of
-the records beside that pass, one update. Three ways, interleaved, all on the same random balanced routing, so that the
-experts' products are the same:
+A step is what the trainer does with one batch: take samples and records out of it, lay out the microbatches, recompute
+the log-probs, check the content of the records beside that pass, one update. Three ways, interleaved, all on the same
+random balanced routing, so that the experts' products are the same:
 
     off     the router chooses for itself (top-k), and ready ids on the device take the choice's place
     r3      the records are forced, counted and audited, as in every step of a run
@@ -147,23 +147,23 @@ class Bench:
         self.ours = Policy(config, self._arch, directory, updates=10_000)
         self.native = native_policy(config, directory)
         batches = [make_batch(self._arch.spec, options.tokens, options.length, routing) for routing in (True, False)]
-        self._with, self._without = (
-            StepBatch.join([batch], make_advantages(batch), self._arch.spec) for batch in batches
-        )
-        self.tokens = self._with.tokens
+        self._with, self._without = ((batch, make_advantages(batch)) for batch in batches)
+        self.tokens = len(batches[0].tokens)
         self._replay = self.ours.replay
         spec = self._arch.spec
-        ids = [self._ids(one) for one in self._laid_out(self.ours, self._with)]
+        ids = [self._ids(one) for one in self._laid_out(self.ours, StepBatch.join([self._with[0]], None, spec))]
         self._given = GivenRouting(spec, ids)
 
     def run(self, way: str) -> Run:
         """Run one step."""
-        policy, step = self.native if way == "native" else self.ours, self._without if way == "off" else self._with
+        policy = self.native if way == "native" else self.ours
+        batch, advantages = self._without if way == "off" else self._with
         use = None if way == "off" else RoutingUse(force=True, audit=way == "r3")
         self._bind(self._given if way == "off" else self._replay)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         begin = _now()
+        step = StepBatch.join([batch], advantages, self._arch.spec)
         microbatches = self._laid_out(policy, step)
         with microbatches.checks if way == "r3" else nullcontext():
             old = policy.logprobs(microbatches, step, use)
