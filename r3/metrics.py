@@ -203,13 +203,6 @@ def replay_health(counts: RouterCounts) -> dict[str, float]:
     }
 
 
-def expert_loads(experts: NDArray[np.unsignedinteger], num_experts: int) -> NDArray[np.int64]:
-    """Count how often each expert was chosen in routing `[rows, layers, k]`; int64 `[layers, experts]`."""
-    layers = range(experts.shape[1])
-    counts = [np.bincount(experts[:, layer].reshape(-1), minlength=num_experts) for layer in layers]
-    return np.array(counts, np.int64).reshape(len(layers), num_experts)
-
-
 def load_imbalance(loads: NDArray[np.int64]) -> Floats:
     """Return the largest over the mean expert load of each layer of `loads` `[layers, experts]`, 0 without rows.
 

@@ -60,7 +60,7 @@ class StoredRows:
     @property
     def rows(self) -> int:
         """How many rows the records have together, shared ones counted in each."""
-        return int(self.offsets[-1] + self.shared[:, 1].sum())
+        return int(self.counts.sum())
 
     def take(self, i: int, stored: BlockRows) -> ExpertIds:
         """Return the rows of trajectory `i`, which has some, from those of a block; a view where they lie together."""

@@ -232,20 +232,20 @@ def validate_rows(experts: ExpertIds, layers: Sequence[int], num_experts: int) -
 
 def check_shape(experts: ExpertIds, layers: Sequence[int], num_experts: int) -> None:
     """Raise `RoutingError` unless `experts` is `[rows, layers, k]` in the dtype of a model with these layers."""
-    _check_rows(experts.shape[1:], experts.dtype, tuple(layers), num_experts)
+    if experts.ndim != 3 or experts.shape[1] != len(layers):
+        raise RoutingError(f"routing has shape {experts.shape}; [rows, {len(layers)} MoE layers, k] is required")
+    _check_kind(experts.dtype, tuple(layers), experts.shape[2], num_experts)
 
 
 # The records of a step are of one kind.
 @lru_cache
-def _check_rows(row: tuple[int, ...], dtype: np.dtype[Any], layers: tuple[int, ...], num_experts: int) -> None:
-    if len(row) != 2 or row[0] != len(layers):
-        raise RoutingError(f"rows of routing have shape {row}; [{len(layers)} MoE layers, k] is required")
+def _check_kind(dtype: np.dtype[Any], layers: tuple[int, ...], top_k: int, num_experts: int) -> None:
     if dtype != expert_dtype(num_experts):
         raise RoutingError(f"routing is {dtype}; {num_experts} experts need {expert_dtype(num_experts)}")
     if not layers or layers[0] < 0 or layers != tuple(sorted(set(layers))):
         raise RoutingError(f"MoE layers {layers} are not the strictly ascending indices of at least one layer")
-    if not 1 <= row[1] <= num_experts:
-        raise RoutingError(f"top-k is {row[1]} of {num_experts} experts; it lies between 1 and their number")
+    if not 1 <= top_k <= num_experts:
+        raise RoutingError(f"top-k is {top_k} of {num_experts} experts; it lies between 1 and their number")
 
 
 def check_range(experts: ExpertIds, num_experts: int) -> None:

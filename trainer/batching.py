@@ -32,14 +32,12 @@ class StepBatch:
     """Every trajectory of a step, its record and, flat in their order, what belongs to each response token.
 
     `records`: of each trajectory (whose own `routing` is None) the blocks of layers that this rank got; None where the
-    trajectory was not recorded. `rows` int64 `[n]`: the recorded rows of each, 0 without a record. `offsets` int64
-    `[n + 1]`: where a trajectory's response tokens begin; `rollout_logprobs` float32 `[T]` nats; `advantages` float32
-    `[T]`; `audit`: which recorded rows are audited.
+    trajectory was not recorded. `offsets` int64 `[n + 1]`: where a trajectory's response tokens begin;
+    `rollout_logprobs` float32 `[T]` nats; `advantages` float32 `[T]`; `audit`: which recorded rows are audited.
     """
 
     trajectories: tuple[Trajectory, ...]
     records: tuple[Record | None, ...]
-    rows: Ints
     offsets: Ints
     rollout_logprobs: NDArray[np.float32]
     advantages: NDArray[np.float32]
@@ -70,15 +68,13 @@ class StepBatch:
                     f"{name(trajectory)} was sampled from model {trajectory.fingerprint}, the trainer holds {model}"
                 )
         lengths = np.array([trajectory.response_len for trajectory in trajectories], dtype=np.int64)
-        rows = np.concatenate([batch.stored.counts for batch in batches])
         return cls(
             trajectories=trajectories,
             records=tuple(record for batch in batches for record in batch.records()),
-            rows=rows,
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             rollout_logprobs=np.concatenate([trajectory.logprobs for trajectory in trajectories]),
             advantages=np.repeat(advantages.astype(np.float32), lengths),
-            audit=AuditPlan.of(rows, turn),
+            audit=AuditPlan.of(np.concatenate([batch.stored.counts for batch in batches]), turn),
         )
 
     @property
@@ -237,13 +233,12 @@ def microbatch(
     all gives a row of pads, which a rank runs to keep in step with the others. Raises `RoutingError`.
     """
     form = form or Form()
-    chosen = [step.trajectories[i] for i in samples]
-    sizes = [len(trajectory.tokens) for trajectory in chosen]
+    sizes = [len(step.trajectories[i].tokens) for i in samples]
     shape = form.shape(sizes)
     lengths = form.lengths(sizes) if form.packed else [shape[1]]
     whole = _Whole(spec, form, shape)
     begins = _begins(lengths)[: len(sizes)] if form.packed else np.arange(len(sizes)) * shape[1]
-    whole.place_tokens(step, samples, begins)
+    whole.place_tokens(step, samples, np.array(sizes, np.int64), begins)
     placed = whole.place_records(step, samples, begins.tolist())
     whole.require_known_ids(step, samples)
     if whole.experts is not None:
@@ -289,12 +284,11 @@ class _Whole:
         self.experts: ExpertIds | None = None
         self.rows = RowClasses(pads=shape[0] * shape[1])
 
-    def place_tokens(self, step: StepBatch, samples: Sequence[int], begins: Ints) -> None:
-        """Put the samples at places `begins`."""
-        chosen = [step.trajectories[i] for i in samples]
-        if not chosen:
+    def place_tokens(self, step: StepBatch, samples: Sequence[int], sizes: Ints, begins: Ints) -> None:
+        """Put the samples, of so many tokens, at places `begins`."""
+        if not samples:
             return
-        sizes = np.array([len(trajectory.tokens) for trajectory in chosen])
+        chosen = [step.trajectories[i] for i in samples]
         prompts = np.array([trajectory.prompt_len for trajectory in chosen])
         here = _within(begins, begins + sizes, self.tokens.size)
         first = _begins(sizes)
@@ -316,12 +310,12 @@ class _Whole:
         self, step: StepBatch, samples: Sequence[int], begins: Sequence[int]
     ) -> list[tuple[Trajectory, list[RoutingTrace]]]:
         """Put the records of the samples beside their tokens; return those that have one, with the blocks it took."""
-        if not step.rows.any():
+        if all(record is None for record in step.records):
             return []
         shape = (*self.tokens.shape, len(self.layers), self.spec.top_k)
         self.experts = np.zeros(shape, expert_dtype(self.spec.num_experts))
         rows = self.experts.reshape(self.tokens.size, *shape[2:])
-        placed, spans = [], []
+        placed, spans, windows = [], [], []
         for i, begin in zip(samples, begins, strict=True):
             record = step.records[i]
             if record is None:
@@ -330,15 +324,16 @@ class _Whole:
             blocks = needed_blocks(trajectory, record, self.spec, self.layers)
             spans += [(begin + span.begin, begin + span.end) for span in record.spans]
             _copy_rows(rows[begin:], record, [(one.experts, *_columns(one.layers, self.layers)) for one in blocks])
-            placed.append((trajectory, blocks, i))
+            windows.append(step.audit.of_rows(i))
+            placed.append((trajectory, blocks))
         if spans:
             first, end = np.array(spans).T
             recorded = _within(first, end, self.recorded.size)
             found = int((end - first).sum())
             self.recorded = recorded.reshape(self.recorded.shape)
-            self.windows[self.recorded] = np.concatenate([step.audit.of_rows(i) for _, _, i in placed])
+            self.windows[self.recorded] = np.concatenate(windows)
             self.rows += RowClasses(required=found, missing=-found)
-        return [(trajectory, blocks) for trajectory, blocks, _ in placed]
+        return placed
 
     def require_known_ids(self, step: StepBatch, samples: Sequence[int]) -> None:
         """Raise `RoutingError` for an id that the model does not have: on a device it would end the process."""
@@ -428,7 +423,6 @@ def equal_shapes(step: StepBatch, plans: Sequence[Shares], form: Form) -> Form:
 
 def require_records(step: StepBatch) -> None:
     """Raise `RoutingError` when a trajectory has no routing record although replay needs one."""
-    for i in np.flatnonzero(step.rows == 0)[:1]:
-        raise RoutingError(
-            f"{name(step.trajectories[i])} has no routing record; replay.mode is r3, so each one needs it"
-        )
+    for trajectory, record in zip(step.trajectories, step.records, strict=True):
+        if record is None:
+            raise RoutingError(f"{name(trajectory)} has no routing record; replay.mode is r3, so each one needs it")

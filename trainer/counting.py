@@ -103,20 +103,14 @@ class MicrobatchCounts:
         """Count into `columns` where the own choice is another than the record, each int64 `[layers, t, k]`."""
         differs = ~contained(ids, own).all(-1) & self._record.recorded
         self._tally.disagree[columns].add_(differs.sum(-1))
-        self._tally.loads[columns].add_(self._loads(ids))
+        recorded = self._record.mask.long().expand(ids.shape[1:]).reshape(1, -1).expand(len(ids), -1)
+        self._tally.loads[columns].scatter_add_(1, ids.flatten(1), recorded)
         anywhere = differs.any(0)
         self._differs = anywhere if self._differs is None else self._differs | anywhere
         if self._routing.trace:
             self._flags |= dict(zip(range(columns.start, columns.stop), differs.unbind(0), strict=True))
         if self._audit is not None:
             self._overlap(columns, own, ids, self._audit)
-
-    def _loads(self, ids: torch.Tensor) -> torch.Tensor:
-        """Count how often each expert is among the recorded `ids` int64 `[layers, t, k]`; int64 `[layers, experts]`."""
-        layers, rows, k = ids.shape
-        recorded = self._record.mask.long().expand(rows, k).reshape(1, -1).expand(layers, -1)
-        loads = torch.zeros(layers, self._tally.loads.shape[1], dtype=torch.int64, device=ids.device)
-        return loads.scatter_add_(1, ids.flatten(1), recorded)
 
     def _overlap(self, columns: slice, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
         """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""

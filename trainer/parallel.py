@@ -91,13 +91,6 @@ def sum_over_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return total.numpy()
 
 
-def largest_over_ranks(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the element-wise maximum of an int64 host array over all ranks, the same on every rank."""
-    largest = torch.from_numpy(np.array(values, dtype=np.int64))
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.numpy()
-
-
 def sum_over_model(values: torch.Tensor) -> torch.Tensor:
     """Sum `values` in place over the ranks that hold one data-parallel replica: tensor, context and pipeline."""
     for group in (

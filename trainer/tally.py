@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,16 +155,10 @@ class Tally:
 
 def counts_over_ranks(counts: RouterCounts) -> RouterCounts:
     """Add the counters of all ranks; the same on every rank."""
-    parts = [np.asarray(part, np.float64) for part in astuple(counts)]
-    total = parallel.sum_over_ranks(np.concatenate([part.reshape(-1) for part in parts]))
+    parts = [np.asarray(part) for part in astuple(counts)]
+    total = parallel.sum_over_ranks(np.concatenate([part.reshape(-1).astype(np.float64) for part in parts]))
     split = np.split(total, np.cumsum([part.size for part in parts])[:-1])
-    shaped = [values.reshape(part.shape) for values, part in zip(split, parts, strict=True)]
-    disagree, overlap, pairs, windows, loads = shaped[:5]
-    return RouterCounts(
-        disagree.astype(np.int64),
-        overlap,
-        pairs.astype(np.int64),
-        windows,
-        loads.astype(np.int64),
-        *(int(part) for part in shaped[5:]),
-    )
+    joined: list[Any] = [
+        values.reshape(part.shape).astype(part.dtype) for values, part in zip(split, parts, strict=True)
+    ]
+    return RouterCounts(*(part if part.ndim else part.item() for part in joined))

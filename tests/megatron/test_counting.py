@@ -281,7 +281,7 @@ def test_a_forced_router_call_is_a_few_operations(
     assert sum(map(len, others[3:])) <= 4 * len(forced) + 2
     assert not any(seen["account"])
     (finish,) = seen["finish"]
-    assert len(finish) <= (28 if compare else 11)
+    assert len(finish) <= (26 if compare else 11)
     if compare:
         policy.logprobs(microbatches, step, RoutingUse(force=True, audit=True))
         assert sum(map(len, [*seen["account"], seen["finish"][-1]])) <= len(finish) + 14

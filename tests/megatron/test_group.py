@@ -15,11 +15,12 @@ import pytest
 import ray
 
 from r3.errors import ConfigError, EngineError, RoutingError
-from r3.metrics import expert_loads, load_metrics
+from r3.metrics import load_metrics
 from r3.trainer.group import TrainerGroup
 from r3.transport import BatchRef
 from r3.types import Batch, ModelSpec
 from r3.weights import WeightBuckets
+from tests.expert_loads import expert_loads
 from tests.megatron.toys import joined_worker, make_advantages, make_batch, make_config
 
 pytestmark = [pytest.mark.megatron, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

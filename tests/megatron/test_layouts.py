@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from r3.config import Config
-from r3.metrics import expert_loads
 from r3.trainer import parallel
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.types import Batch, ModelSpec
+from tests.expert_loads import expert_loads
 from tests.gloo_pool import GlooPool
 from tests.megatron.layouts import (
     LARGE_LAYOUTS,

@@ -134,6 +134,6 @@ def test_an_id_that_the_model_lacks_never_reaches_the_device(step: StepBatch) ->
 
 
 def test_nothing_to_check_is_nothing_wrong(step: StepBatch) -> None:
-    fed = MicroBatches(replace(step, records=(None, None, None), rows=np.zeros(3, np.int64)), SAMPLES, SPEC, Form())
+    fed = MicroBatches(replace(step, records=(None, None, None)), SAMPLES, SPEC, Form())
     with fed.checks:
         assert [one.experts for one in fed] == [None, None, None]

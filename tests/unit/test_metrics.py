@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3 import metrics
+from tests.expert_loads import expert_loads
 
 logprobs = st.lists(st.tuples(st.floats(-8, -1e-6), st.floats(-8, -1e-6)), min_size=2, max_size=30)
 
@@ -111,8 +112,8 @@ def test_counts_of_two_ranks_add_up():
 
 def test_load_imbalance_of_balanced_and_collapsed_routing():
     balanced = np.arange(16, dtype=np.uint8).reshape(4, 1, 4)
-    assert metrics.load_imbalance(metrics.expert_loads(balanced, 16)).tolist() == [1]
-    assert metrics.load_imbalance(metrics.expert_loads(np.zeros((4, 1, 4), np.uint8), 16)).tolist() == [16]
+    assert metrics.load_imbalance(expert_loads(balanced, 16)).tolist() == [1]
+    assert metrics.load_imbalance(expert_loads(np.zeros((4, 1, 4), np.uint8), 16)).tolist() == [16]
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 40))
@@ -120,7 +121,7 @@ def test_loads_equal_a_slow_count(seed, layers, rows):
     generator, experts, k = np.random.default_rng(seed), 6, 2
     ids = generator.random((rows, layers, experts)).argsort(2)[:, :, :k].astype(np.uint8)
     slow = [[sum(e in row[layer] for row in ids.tolist()) for e in range(experts)] for layer in range(layers)]
-    loads = metrics.expert_loads(ids, experts)
+    loads = expert_loads(ids, experts)
     assert loads.tolist() == slow
     found = metrics.load_metrics(loads, k)
     assert found["router/load_max_over_mean"] == pytest.approx(max(max(row) for row in slow) / (rows * k / experts))
