@@ -73,6 +73,8 @@ def test_a_record_in_blocks_is_the_record(packed, size):
     captured = [t for t in packed if t.routing is not None]
     assert [block.layers for block in batch.blocks] == (list(layer_blocks(range(4), size)) if captured else [])
     assert batch.routing_bytes == sum(t.routing.experts.nbytes for t in captured) - shared_bytes(packed)
+    assert batch.stored.counts.tolist() == [0 if t.routing is None else t.routing.rows for t in packed]
+    assert batch.stored.rows == sum(t.routing.rows for t in captured), "shared rows count in each record"
     for i, before in enumerate(packed):
         record, after = batch.record(i), batch.trajectory(i)
         assert (record is None) == (after.routing is None) == (before.routing is None)
