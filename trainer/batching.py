@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from r3.config import TrainerConfig
 from r3.errors import RoutingError
 from r3.routing import ExpertIds, RoutingTrace, expert_dtype
-from r3.trainer.records import ContentCheck, Placed, check_content, check_ids, name, needed_blocks
+from r3.trainer.records import ContentCheck, check_content, check_ids, name, needed_blocks
 from r3.trainer.rows import Bools, Ints, RowClasses
 from r3.trainer.sampling import AuditPlan
 from r3.types import Batch, ModelSpec, Record, Trajectory
@@ -242,7 +242,7 @@ def microbatch(
     placed = whole.place_records(step, samples, begins.tolist())
     whole.require_known_ids(step, samples)
     if whole.experts is not None:
-        check(Placed(whole.experts, whole.recorded, tuple(placed)))
+        check(placed)
     if form.packed:
         whole.positions[:] = _runs(np.zeros(len(lengths), np.int64), lengths)
     return whole.cut(lengths)

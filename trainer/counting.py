@@ -5,7 +5,7 @@ On a GPU a small kernel costs its launch and hardly more: layer by layer, counti
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -105,6 +105,7 @@ class MicrobatchCounts:
         self._tally.disagree[columns].add_(differs.sum(-1))
         recorded = self._record.mask.long().expand(ids.shape[1:]).reshape(1, -1).expand(len(ids), -1)
         self._tally.loads[columns].scatter_add_(1, ids.flatten(1), recorded)
+        self._tally.repeated.add_((repeats(ids) & self._record.recorded).sum())
         anywhere = differs.any(0)
         self._differs = anywhere if self._differs is None else self._differs | anywhere
         if self._routing.trace:
@@ -120,6 +121,19 @@ class MicrobatchCounts:
         hits = contained(ids.index_select(1, audit.record), own.index_select(1, audit.own)).sum(-1, dtype=torch.float64)
         tally.overlap[columns].view(len(own), -1).add_(hits @ audit.classes)
         tally.windows.index_add_(0, audit.window, hits[:, audit.lag0].sum(0))
+
+
+def repeats(ids: torch.Tensor) -> torch.Tensor:
+    """Tell which rows of `ids` `[..., k]` name an expert twice; bool `[...]`."""
+    equal = ids.unsqueeze(-1) == ids.unsqueeze(-2)
+    # One dimension after the other: on a CPU twice as fast as both at once.
+    return equal.bitwise_and_(_earlier(ids.shape[-1], ids.device)).any(-1).any(-1)
+
+
+@lru_cache
+def _earlier(k: int, device: torch.device) -> torch.Tensor:
+    """Return which places are before which, bool `[k, k]`."""
+    return torch.ones(k, k, dtype=torch.bool, device=device).tril_(-1)
 
 
 def contained(ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

@@ -5,49 +5,46 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 
 from r3.errors import RoutingError
-from r3.routing import ExpertIds, RoutingTrace, check_distinct, check_range
-from r3.structure import has_repeats
-from r3.trainer.rows import Bools
+from r3.routing import RoutingTrace, check_distinct, check_range
 from r3.types import ModelSpec, Record, Trajectory
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placed:
-    """The records of a microbatch and where they were put.
-
-    `experts` `[b, s, layers, k]`: the rank's layers; `recorded` bool `[b, s]`: its rows with a record; `records`: each
-    trajectory and the blocks that it was put from.
-    """
-
-    experts: ExpertIds
-    recorded: Bools
-    records: tuple[tuple[Trajectory, Sequence[RoutingTrace]], ...]
-
+# Records of a microbatch: each trajectory that has one, and the blocks of it that hold layers of this rank.
+Recorded = Sequence[tuple[Trajectory, Sequence[RoutingTrace]]]
+ContentCheck = Callable[[Recorded], None]
 
 # Microbatches whose checks wait for the end of a pass. In a longer one a GPU has work ahead, and they would be many.
 HELD = 4
 
-ContentCheck = Callable[[Placed], None]
 
-
-def check_content(placed: Placed) -> None:
+def check_content(records: Recorded) -> None:
     """Raise `RoutingError` unless rows name k distinct experts and are those that the rollout sealed with its tokens.
 
     The form of the blocks (`needed_blocks`) is right already.
     """
-    # At once: with short records, most of a check is its call.
-    repeated = has_repeats(placed.experts[placed.recorded])
-    for trajectory, blocks in placed.records:
+    check_experts(records)
+    check_seals(records)
+
+
+def check_seals(records: Recorded) -> None:
+    """Raise `RoutingError` unless the rows are those that the rollout sealed with its tokens."""
+    for trajectory, blocks in records:
         try:
             for block in blocks:
-                if repeated:
-                    check_distinct(block.experts, block.layers)
                 block.verify(trajectory.tokens)
+        except RoutingError as error:
+            raise _named(trajectory, error) from error
+
+
+def check_experts(records: Recorded) -> None:
+    """Raise `RoutingError` unless rows name k distinct experts."""
+    for trajectory, blocks in records:
+        try:
+            for block in blocks:
+                check_distinct(block.experts, block.layers)
         except RoutingError as error:
             raise _named(trajectory, error) from error
 
@@ -62,24 +59,29 @@ def check_ids(trajectory: Trajectory, record: Record) -> None:
 
 
 class DeferredChecks:
-    """Checks the content of records in a thread, beside a pass that only reads them.
+    """Checks the content of records beside a pass that only reads them.
 
     Give it to `microbatch`, and `finish` it before anything is trained on the records. As a context it finishes at the
-    end; what a broken record made of the block is raised as the `RoutingError` that caused it. The checks are numpy's
-    and zlib's work, which let go of the interpreter meanwhile; but they want it back every 20 us, and each time the
-    thread that feeds a GPU waits: a check costs it as long as it takes. So with `hold` they begin with `begin`, when
-    that thread has nothing left but to wait, two at a time; of more than `HELD` microbatches, the oldest begin before.
+    end; what a broken record made of the block is raised as the `RoutingError` that caused it. Seals are checked in a
+    thread. That a row names k distinct experts is seen where the rows are counted, on the device
+    (`r3.trainer.tally.Tally.repeated`); which record does not is looked for when the block has failed.
+
+    A checksum is zlib's work, which lets go of the interpreter meanwhile; but each record wants it back, and each time
+    the thread that feeds a GPU waits. So with `hold` the checks begin with `begin`, when that thread has nothing left
+    but to wait, two at a time; of more than `HELD` microbatches, the oldest begin before.
     """
 
     def __init__(self, *, hold: bool = False) -> None:
         self._threads = ThreadPoolExecutor(2 if hold else 1, thread_name_prefix="r3-record-checks")
         self._most = HELD if hold else 0
-        self._held: deque[Placed] = deque()
+        self._seen: list[Recorded] = []
+        self._held: deque[Recorded] = deque()
         self._running: list[Future[None]] = []
 
-    def __call__(self, placed: Placed) -> None:
+    def __call__(self, records: Recorded) -> None:
         """Check the records of one microbatch beside."""
-        self._held.append(placed)
+        self._seen.append(records)
+        self._held.append(records)
         self._begin(self._most)
 
     def begin(self) -> None:
@@ -88,7 +90,7 @@ class DeferredChecks:
 
     def _begin(self, left: int) -> None:
         while len(self._held) > left:
-            self._running.append(self._threads.submit(check_content, self._held.popleft()))
+            self._running.append(self._threads.submit(check_seals, self._held.popleft()))
 
     def finish(self) -> None:
         """Wait for all checks; raise the `RoutingError` of the first record that failed."""
@@ -103,6 +105,9 @@ class DeferredChecks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish()
+        if error is not None:
+            for records in self._seen:
+                check_experts(records)
 
 
 def needed_blocks(

@@ -25,8 +25,9 @@ class Tally:
     Per-layer counters have a place for every MoE layer of the model, of which a pipeline stage fills its own.
     `followed` int64 `[layers]`: rows for which the router really used every recorded id; `loads` `[layers, experts]`:
     how often the record chose each expert, in a pass that compares the own choice with it; `overlap` `[layers, 3, 2]`
-    and `windows` `[AUDIT_WINDOWS]`: ids shared by the audited pairs, in float64; `overlap_pairs`, `window_pairs`: the
-    number of pairs, which the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
+    and `windows` `[AUDIT_WINDOWS]`: ids shared by the audited pairs, in float64; `repeated`: recorded rows of a layer
+    that name an expert twice, counted where `loads` are; `overlap_pairs`, `window_pairs`: the number of pairs, which
+    the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
     `differs`: for each microbatch that was compared, which rows differ in any of this rank's layers; `runs`:
     microbatches per model chunk; `flags`: for each microbatch and column, where asked for, which rows differ there;
     `seconds`: host time spent in replay.
@@ -40,6 +41,7 @@ class Tally:
     windows: torch.Tensor
     compared: torch.Tensor
     mismatched_ids: torch.Tensor
+    repeated: torch.Tensor
     overlap_pairs: NDArray[np.int64]
     window_pairs: NDArray[np.int64]
     visits: dict[int, int] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Tally:
             windows=count(AUDIT_WINDOWS).double(),
             compared=count(),
             mismatched_ids=count(),
+            repeated=count(),
             overlap_pairs=np.zeros((layers, 3, 2), np.int64),
             window_pairs=np.zeros(AUDIT_WINDOWS, np.int64),
         )
@@ -113,7 +116,8 @@ class Tally:
         """Join the counters of all ranks that share this rank's trajectories with what was known before the pass.
 
         Collective over those ranks; brings everything to the host in one synchronisation. Only the rank that stands for
-        the others (`Place.reports`, first of its context group) gets the sums, the others get zeros.
+        the others (`Place.reports`, first of its context group) gets the sums, the others get zeros. Raises
+        `RoutingError` on a rank whose records name an expert twice in a row.
         """
         where = parallel.place()
         flags = [self.differs[index] for index in sorted(self.differs)]
@@ -122,17 +126,20 @@ class Tally:
             # Every stage compares the same rows.
             anywhere, self.compared = torch.zeros_like(anywhere), torch.zeros_like(self.compared)
         pairs = np.concatenate([self.overlap_pairs.reshape(-1), self.window_pairs]).astype(np.float64)
-        scalars = torch.stack([anywhere, self.compared, self.mismatched_ids])
+        scalars = torch.stack([anywhere, self.compared, self.mismatched_ids, self.repeated])
         found = (self.disagree, self.followed, self.loads, scalars, self.overlap, self.windows)
         parts = [tensor.reshape(-1).double() for tensor in found]
         local = torch.cat([*parts, parallel.upload(pairs, self.disagree.device)])
         flat = parallel.sum_over_model(local).cpu().numpy()
         layers, experts = self.loads.shape
-        if not where.reports or where.context:
-            return RouterCounts.zero(layers, experts)
-        sizes = [layers, layers, layers * experts, 3, 6 * layers, AUDIT_WINDOWS, 6 * layers]
+        sizes = [layers, layers, layers * experts, 4, 6 * layers, AUDIT_WINDOWS, 6 * layers]
         split = np.split(flat, np.cumsum(sizes))
         disagree, followed, loads, totals, overlap, windows, overlap_pairs, window_pairs = split
+        # The rank that has the record knows its name.
+        if totals[3] and (here := int(self.repeated)):
+            raise RoutingError(f"{here} recorded (row, layer) pairs on this rank name an expert twice")
+        if not where.reports or where.context:
+            return RouterCounts.zero(layers, experts)
         replayed = int(followed.min()) if layers else 0
         # A dense model has no top-k, and nothing to divide.
         k = max(self.top_k, 1)

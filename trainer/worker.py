@@ -228,9 +228,10 @@ class TrainerWorker:
         """Run one forced-routing step of known outcome; see `r3.trainer.rehearsal`. The weights change."""
         share_ = self._prepare(batches, advantages, mini_steps=1)
         require_records(share_.step)
-        microbatches = list(share_.microbatches)
-        share_.microbatches.checks.finish()
-        return rehearse(self.policy, share_.step, microbatches, RoutingUse(force=True))
+        with share_.microbatches.checks as checks:
+            microbatches = list(share_.microbatches)
+            checks.finish()
+            return rehearse(self.policy, share_.step, microbatches, RoutingUse(force=True))
 
     def export(self) -> WeightBuckets | None:
         """Return all weights under Hugging Face names in the engine's dtype on rank 0, None elsewhere; collective."""

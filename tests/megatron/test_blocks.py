@@ -16,7 +16,8 @@ from r3.trainer.policy import Policy
 from r3.trainer.worker import TrainerWorker
 from r3.types import Batch, ModelSpec
 from tests.gloo_pool import GlooPool, arranged
-from tests.megatron.layouts import EP, ETP1, PP, TP, VPP, layout_config
+from tests.megatron.layouts import CP, EP, ETP1, PP, TP, VPP, layout_config
+from tests.megatron.test_worker import REPEATED, repeating
 from tests.megatron.toys import joined_worker, make_advantages, make_batch
 
 pytestmark = pytest.mark.megatron
@@ -67,3 +68,16 @@ def test_a_rank_without_one_of_its_blocks_refuses_the_step(gloo_pool: GlooPool, 
     batch = Batch.pack(make_batch(ModelSpec.from_directory(model_dir)).trajectories(), 1)
     with pytest.raises(RuntimeError, match=f"{RoutingError.__name__}.*lack MoE layers"):
         gloo_pool.run(step_of_rank, layout_config(TP, 2), model_dir, batch, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "layer"), [(PP, 1), (PP, 2), (TP, 1), (CP, 1)], ids=["pp2, first", "pp2, last", "tp2", "cp2"]
+)
+def test_a_rank_that_holds_a_row_that_repeats_an_expert_names_it(
+    gloo_pool: GlooPool, model_dir: Path, layout: dict[str, Any], layer: int
+) -> None:
+    spec = ModelSpec.from_directory(model_dir)
+    batch = repeating(make_batch(spec), spec, sample=5, layer=layer)
+    with pytest.raises(RuntimeError, match=REPEATED.format(layer)) as failed:
+        gloo_pool.run(step_of_rank, layout_config(layout, 2), model_dir, batch)
+    assert str(failed.value).count("1 recorded (row, layer) pairs on this rank") <= 1, "the other cannot name it"

@@ -155,6 +155,22 @@ def test_layers_counted_at_once_are_those_counted_alone(
     tally.require_all_visited({layer: FIRST + layer for layer in range(LAYERS)}, len(chunks))
 
 
+@pytest.mark.parametrize("forced", [range(LAYERS), (), (0, 1, 4)], ids=["all forced", "none forced", "some forced"])
+def test_recorded_rows_that_repeat_an_expert_are_counted(forced: Sequence[int]) -> None:
+    case, rng = make_case(0, (4, 17)), np.random.default_rng(1)
+    clean = Tally.zero(MODEL, CPU)
+    counted(clean, case, routing_of(case), forced, [range(LAYERS)])
+    assert not clean.repeated
+    experts, expected = case.experts.copy(), 0
+    for b, s, layer in np.argwhere(rng.random(experts.shape[:-1]) < 0.2):
+        first, second = rng.choice(K, 2, replace=False)
+        experts[b, s, layer, first] = experts[b, s, layer, second]
+        expected += bool(case.recorded[b, s])
+    tally = Tally.zero(MODEL, CPU)
+    counted(tally, replace(case, experts=experts), routing_of(replace(case, experts=experts)), forced, [range(LAYERS)])
+    assert int(tally.repeated) == expected > 0
+
+
 def test_without_comparing_only_what_was_used_is_counted() -> None:
     case = make_case(0, (4, 17))
     tally = Tally.zero(MODEL, CPU)
@@ -162,7 +178,9 @@ def test_without_comparing_only_what_was_used_is_counted() -> None:
     expected = slow_counts(tally, case, range(LAYERS))
     for name in ("followed", "mismatched_ids"):
         np.testing.assert_array_equal(getattr(tally, name).numpy(), expected[name])
-    assert not any(getattr(tally, name).any() for name in ("disagree", "loads", "overlap", "windows", "compared"))
+    assert not any(
+        getattr(tally, name).any() for name in ("disagree", "loads", "overlap", "windows", "compared", "repeated")
+    )
     assert not tally.differs
     tally.require_all_visited({layer: FIRST + layer for layer in range(LAYERS)}, 1)
 
@@ -281,7 +299,7 @@ def test_a_forced_router_call_is_a_few_operations(
     assert sum(map(len, others[3:])) <= 4 * len(forced) + 2
     assert not any(seen["account"])
     (finish,) = seen["finish"]
-    assert len(finish) <= (26 if compare else 11)
+    assert len(finish) <= (33 if compare else 11)
     if compare:
         policy.logprobs(microbatches, step, RoutingUse(force=True, audit=True))
         assert sum(map(len, [*seen["account"], seen["finish"][-1]])) <= len(finish) + 14

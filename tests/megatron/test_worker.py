@@ -12,6 +12,7 @@ import torch
 
 from r3 import metrics
 from r3.errors import RoutingError
+from r3.routing import checksum
 from r3.trainer import feed
 from r3.trainer.policy import RoutingUse
 from r3.trainer.records import DeferredChecks
@@ -71,13 +72,18 @@ def faithful_batch(worker: TrainerWorker, noise: float) -> Batch:
     return Batch.pack(made)
 
 
-def rerouted(batch: Batch, spec: ModelSpec, change: Any) -> Batch:
-    """The batch with every record changed by `change(ids, i)`, and valid again."""
+def rerouted(batch: Batch, spec: ModelSpec, change: Any, *, checked: bool = True) -> Batch:
+    """The batch with every record changed by `change(ids, i)` and, unless it is not `checked`, valid again."""
     made = []
     samples = batch.trajectories()
     for i, sample in enumerate(samples):
         assert sample.routing is not None
-        made.append(replace(sample, routing=make_trace(spec, change(sample.routing.experts, i), sample.tokens)))
+        ids = change(sample.routing.experts, i)
+        if checked:
+            trace = make_trace(spec, ids, sample.tokens)
+        else:
+            trace = replace(sample.routing, experts=ids, crc32=checksum(ids, sample.tokens))
+        made.append(replace(sample, routing=trace))
     return Batch.pack(made)
 
 
@@ -286,6 +292,40 @@ def test_a_record_of_other_tokens_stops_the_step(model_dir: Path) -> None:
         before = weights(worker)
         with pytest.raises(RoutingError, match="checksum"):
             run_step(worker, replace(batch, tokens=tokens))
+        with pytest.raises(RoutingError, match="checksum"):
+            worker.rehearse(make_advantages(batch), replace(batch, tokens=tokens))
+        assert worker.weight_version == 0
+        assert all(torch.equal(before[name], after) for name, after in weights(worker).items())
+
+
+def repeating(batch: Batch, spec: ModelSpec, sample: int, layer: int = 1) -> Batch:
+    """The batch with an expert twice in row 3 of a layer of one record, sealed so."""
+
+    def twice(ids: np.ndarray, i: int) -> np.ndarray:
+        ids = ids.copy()
+        if i == sample:
+            ids[3, layer, -1] = ids[3, layer, 0]
+        return ids
+
+    return rerouted(batch, spec, twice, checked=False)
+
+
+REPEATED = r"group 1, member 2\): row 3, layer {} repeats an expert"
+
+
+@pytest.mark.parametrize("mode", ["r3", "none"])
+def test_a_sealed_record_that_repeats_an_expert_stops_the_step(model_dir: Path, mode: str) -> None:
+    with joined_worker(make_config(replay={"mode": mode}), model_dir) as worker:
+        batch = repeating(make_batch(worker.spec()), worker.spec(), sample=5)
+        before = weights(worker)
+        with pytest.raises(RoutingError, match=REPEATED.format(1)):
+            run_step(worker, batch)
+        with pytest.raises(RoutingError, match=REPEATED.format(1)):
+            worker.audit(batch)
+        with pytest.raises(RoutingError, match=REPEATED.format(1)):
+            worker.measure([RoutingUse(force=False)], batch)
+        with pytest.raises(RoutingError, match=REPEATED.format(1)):
+            worker.rehearse(make_advantages(batch), batch)
         assert worker.weight_version == 0
         assert all(torch.equal(before[name], after) for name, after in weights(worker).items())
 

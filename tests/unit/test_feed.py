@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from r3.errors import RoutingError
+from r3.routing import checksum
 from r3.trainer import records
 from r3.trainer.batching import Form, StepBatch, microbatch
 from r3.trainer.feed import MicroBatches, StepShare, begin_checks, largest_shape
@@ -30,6 +31,20 @@ def broken(step: StepBatch, sample: int) -> StepBatch:
     blocks = tuple(replace(block, experts=np.roll(block.experts, 1, axis=0)) for block in record.blocks)
     records = list(step.records)
     records[sample] = Record(record.spans, blocks)
+    return replace(step, records=tuple(records))
+
+
+def repeating(step: StepBatch, sample: int) -> StepBatch:
+    """The step with an expert twice in row 1, layer 3 of one record, sealed so."""
+    record = step.records[sample]
+    assert record is not None
+    blocks = []
+    for block in record.blocks:
+        experts = block.experts.copy()
+        experts[1, block.layers.index(3), 0] = experts[1, block.layers.index(3), 1]
+        blocks.append(replace(block, experts=experts, crc32=checksum(experts, step.trajectories[sample].tokens)))
+    records = list(step.records)
+    records[sample] = Record(record.spans, tuple(blocks))
     return replace(step, records=tuple(records))
 
 
@@ -79,9 +94,18 @@ def test_a_broken_record_is_the_cause_of_what_it_breaks(step: StepBatch) -> None
         breaks(fed)
 
 
+def test_a_row_that_repeats_an_expert_is_named_once_a_pass_has_failed(step: StepBatch) -> None:
+    """The seal is right, so the pass must find it on the device."""
+    fed = MicroBatches(repeating(step, 2), SAMPLES, SPEC, Form())
+    with fed.checks:
+        assert list(fed)
+    with pytest.raises(RoutingError, match=r"group 2, member 0.*row 1, layer 3 repeats an expert"), fed.checks:
+        breaks(fed)
+
+
 def test_held_checks_begin_when_told_or_when_there_are_many(step: StepBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
-    monkeypatch.setattr(records, "check_content", lambda placed: begun.append(len(placed.records)))
+    monkeypatch.setattr(records, "check_seals", lambda records: begun.append(len(records)))
     monkeypatch.setattr(records, "HELD", 2)
     checks = DeferredChecks(hold=True)
 
