@@ -9,7 +9,6 @@ from itertools import accumulate
 from typing import overload
 
 from r3.trainer.batching import Form, MicroBatch, StepBatch, microbatch
-from r3.trainer.parallel import device
 from r3.trainer.records import DeferredChecks
 from r3.types import ModelSpec
 
@@ -18,7 +17,7 @@ class MicroBatches(Sequence[MicroBatch]):
     """The microbatches of `samples` (of each, those of `step`), kept once they are made.
 
     `shape`: rows and length of the largest; `seconds`: spent on making them so far. `checks` of their records' content
-    run beside, to be finished before anything is trained on them; making one raises `RoutingError` for a record whose
+    come behind, to be finished before anything is trained on them; making one raises `RoutingError` for a record whose
     form is wrong.
     """
 
@@ -27,7 +26,7 @@ class MicroBatches(Sequence[MicroBatch]):
         self._made: list[MicroBatch | None] = [None] * len(samples)
         shapes = [form.shape([len(step.trajectories[i].tokens) for i in part]) for part in samples]
         self.shape = max(rows for rows, _ in shapes), max(length for _, length in shapes)
-        self.checks = DeferredChecks(hold=device().type == "cuda")
+        self.checks = DeferredChecks()
         self.seconds = 0.0
 
     def __len__(self) -> int:
@@ -75,10 +74,10 @@ class StepShare:
         return self.planned_s + self.microbatches.seconds
 
 
-def begin_checks(microbatches: Sequence[MicroBatch]) -> None:
-    """Begin with the checks that are held until a pass over the microbatches has given the device all of its work."""
+def finish_checks(microbatches: Sequence[MicroBatch]) -> None:
+    """Check what is left of their records, for when a pass over them has given the device all of its work."""
     if isinstance(microbatches, MicroBatches):
-        microbatches.checks.begin()
+        microbatches.checks.finish()
 
 
 def largest_shape(microbatches: Sequence[MicroBatch]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from r3.trainer.architecture import Architecture, require_layout
 from r3.trainer.batching import Form, MicroBatch, StepBatch
 from r3.trainer.build import build_ddp, build_layout, build_optimizer, build_reference, build_schedule
 from r3.trainer.convert import WeightExport
-from r3.trainer.feed import begin_checks, largest_shape
+from r3.trainer.feed import finish_checks, largest_shape
 from r3.trainer.loss import Objective, policy_loss, token_logprobs
 from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func, parallel_state
 from r3.trainer.packing import Packing
@@ -257,7 +257,7 @@ class Policy:
                 micro_batch_size=most_rows,
                 forward_only=forward_only,
             )
-            begin_checks(microbatches)
+            finish_checks(microbatches)
         rows = sum((microbatch.rows for microbatch in microbatches), RowClasses())
         return _Ran(reports if self.place.reports else [], tally.counts(rows), tally, own)
 

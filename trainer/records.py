@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from types import TracebackType
 
@@ -15,9 +13,6 @@ from r3.types import ModelSpec, Record, Trajectory
 # Records of a microbatch: each trajectory that has one, and the blocks of it that hold layers of this rank.
 Recorded = Sequence[tuple[Trajectory, Sequence[RoutingTrace]]]
 ContentCheck = Callable[[Recorded], None]
-
-# Microbatches whose checks wait for the end of a pass. In a longer one a GPU has work ahead, and they would be many.
-HELD = 4
 
 
 def check_content(records: Recorded) -> None:
@@ -59,44 +54,31 @@ def check_ids(trajectory: Trajectory, record: Record) -> None:
 
 
 class DeferredChecks:
-    """Checks the content of records beside a pass that only reads them.
+    """Checks the content of records behind the work that a device can begin with meanwhile.
 
     Give it to `microbatch`, and `finish` it before anything is trained on the records. As a context it finishes at the
-    end; what a broken record made of the block is raised as the `RoutingError` that caused it. Seals are checked in a
-    thread. That a row names k distinct experts is seen where the rows are counted, on the device
-    (`r3.trainer.tally.Tally.repeated`); which record does not is looked for when the block has failed.
+    end; what a broken record made of the block is raised as the `RoutingError` that caused it.
 
-    A checksum is zlib's work, which lets go of the interpreter meanwhile; but each record wants it back, and each time
-    the thread that feeds a GPU waits. So with `hold` the checks begin with `begin`, when that thread has nothing left
-    but to wait, two at a time; of more than `HELD` microbatches, the oldest begin before.
+    The seals of a microbatch are checked when the next one is laid out, those of the last when a pass has handed over
+    its work (`finish`). In a thread beside the pass they would not be free: each record wants the interpreter back, and
+    the thread that feeds a GPU waits as long as the check takes. That a row names k distinct experts is seen where the
+    rows are counted (`r3.trainer.tally.Tally.repeated`); which record does not is looked for when the block has failed.
     """
 
-    def __init__(self, *, hold: bool = False) -> None:
-        self._threads = ThreadPoolExecutor(2 if hold else 1, thread_name_prefix="r3-record-checks")
-        self._most = HELD if hold else 0
+    def __init__(self) -> None:
         self._seen: list[Recorded] = []
-        self._held: deque[Recorded] = deque()
-        self._running: list[Future[None]] = []
+        self._sealed = 0
 
     def __call__(self, records: Recorded) -> None:
-        """Check the records of one microbatch beside."""
+        """Take the records of one microbatch; raise the `RoutingError` of the one before."""
+        self.finish()
         self._seen.append(records)
-        self._held.append(records)
-        self._begin(self._most)
-
-    def begin(self) -> None:
-        """Begin with what is held."""
-        self._begin(0)
-
-    def _begin(self, left: int) -> None:
-        while len(self._held) > left:
-            self._running.append(self._threads.submit(check_seals, self._held.popleft()))
 
     def finish(self) -> None:
-        """Wait for all checks; raise the `RoutingError` of the first record that failed."""
-        self.begin()
-        for one in self._running:
-            one.result()
+        """Check what is left; raise the `RoutingError` of the first record that is not as it was sealed."""
+        for records in self._seen[self._sealed :]:
+            check_seals(records)
+            self._sealed += 1
 
     def __enter__(self) -> DeferredChecks:
         return self

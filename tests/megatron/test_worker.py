@@ -13,9 +13,9 @@ import torch
 from r3 import metrics
 from r3.errors import RoutingError
 from r3.routing import checksum
-from r3.trainer import feed
+from r3.trainer import feed, records
 from r3.trainer.policy import RoutingUse
-from r3.trainer.records import DeferredChecks
+from r3.trainer.tally import Tally
 from r3.trainer.worker import TrainerWorker
 from r3.types import Batch, ModelSpec, StepResult, Trajectory
 from tests.megatron.test_convert import unflatten
@@ -127,20 +127,19 @@ def test_a_pass_lays_out_a_microbatch_when_it_comes_to_it(model_dir: Path, monke
     assert done[:6] == ["laid out", "run"] * 3, "all the others would keep a GPU waiting for the first"
 
 
-def test_a_pass_begins_the_last_checks_before_it_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[bool] = []
-    finish = DeferredChecks.finish
+def test_a_pass_makes_the_last_checks_before_it_waits(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
 
-    def noted(checks: DeferredChecks) -> None:
-        held.append(bool(checks._held))
-        finish(checks)
+    def noted(what: str, call: Any) -> Any:
+        return lambda *args, **options: (done.append(what), call(*args, **options))[1]
 
-    monkeypatch.setattr(feed, "DeferredChecks", lambda hold: DeferredChecks(hold=True))
-    monkeypatch.setattr(DeferredChecks, "finish", noted)
+    monkeypatch.setattr(records, "check_seals", noted("seals", records.check_seals))
+    monkeypatch.setattr(Tally, "counts", noted("waits", Tally.counts))
     with joined_worker(make_config(trainer={"micro_batch_size": 4}), model_dir) as worker:
+        monkeypatch.setattr(worker.policy.replay, "run", noted("run", worker.policy.replay.run))
         run_step(worker, make_batch(worker.spec(), groups=4, members=3))
-    assert held
-    assert not any(held), "behind the pass nothing would run beside them"
+    assert done[:7] == ["run", "seals", "run", "seals", "run", "seals", "waits"], "a device has work at every check"
+    assert done.count("seals") == 3
 
 
 def test_counterfactual_is_the_pass_without_replay(model_dir: Path) -> None:

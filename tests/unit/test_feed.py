@@ -1,4 +1,4 @@
-"""Microbatches are laid out when they are asked for; the content of their records is checked beside, and in time."""
+"""Microbatches are laid out when they are asked for; the content of their records is checked behind, and in time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from r3.errors import RoutingError
 from r3.routing import checksum
 from r3.trainer import records
 from r3.trainer.batching import Form, StepBatch, microbatch
-from r3.trainer.feed import MicroBatches, StepShare, begin_checks, largest_shape
-from r3.trainer.records import DeferredChecks
+from r3.trainer.feed import MicroBatches, StepShare, finish_checks, largest_shape
 from r3.types import Record
 from tests.unit.test_batching import SPEC, step_of, trajectory
 
@@ -103,43 +102,29 @@ def test_a_row_that_repeats_an_expert_is_named_once_a_pass_has_failed(step: Step
         breaks(fed)
 
 
-def test_held_checks_begin_when_told_or_when_there_are_many(step: StepBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[int] = []
-    monkeypatch.setattr(records, "check_seals", lambda records: begun.append(len(records)))
-    monkeypatch.setattr(records, "HELD", 2)
-    checks = DeferredChecks(hold=True)
-
-    def lay_out(samples: tuple[int, ...]) -> None:
-        microbatch(step, samples, SPEC, check=checks)
-
-    def settled() -> list[int]:
-        for one in checks._running:
-            one.result()
-        return begun
-
-    lay_out((0, 1))
-    lay_out((2,))
-    assert settled() == [], "the thread that feeds the device would wait for them"
-    lay_out((0, 1, 2))
-    assert settled() == [2], "the oldest of many"
-    checks.begin()
-    checks.begin()
-    assert sorted(settled()) == [1, 2, 3], "begun once"
-    lay_out((2,))
-    checks.finish()
-    assert sorted(begun) == [1, 1, 2, 3], "nothing is left out"
-
-
-def test_a_pass_begins_what_is_held(step: StepBatch) -> None:
-    fed = MicroBatches(broken(step, 2), SAMPLES, SPEC, Form())
-    fed.checks = DeferredChecks(hold=True)
+def test_seals_are_checked_behind_the_next_microbatch(step: StepBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr(records, "check_seals", lambda records: checked.append(len(records)))
+    fed = MicroBatches(step, ((0, 1), (2,), (0, 1, 2)), SPEC, Form())
+    assert fed[0].recorded.any()
+    assert checked == [], "a device would wait for its first work"
     assert fed[1].recorded.any()
-    assert not fed.checks._running
-    begin_checks(fed)
-    assert len(fed.checks._running) == 1
-    with pytest.raises(RoutingError, match=r"group 2, member 0.*checksum"):
+    assert checked == [2]
+    assert fed[2].recorded.any()
+    assert checked == [2, 1]
+    finish_checks(fed)
+    fed.checks.finish()
+    assert checked == [2, 1, 3], "each once, and nothing is left out"
+    finish_checks([fed[0]])  # microbatches that were checked before
+
+
+def test_a_pass_stops_at_a_broken_seal(step: StepBatch) -> None:
+    fed = MicroBatches(broken(step, 0), SAMPLES, SPEC, Form())
+    assert fed[0].recorded.any(), "laying out waits for no seal of its own"
+    with pytest.raises(RoutingError, match=r"group 0, member 0.*checksum"):
+        assert fed[1]
+    with pytest.raises(RoutingError, match=r"group 0, member 0.*checksum"):
         fed.checks.finish()
-    begin_checks([fed[0]])  # microbatches that were checked before
 
 
 def test_an_error_of_the_pass_stays_where_records_are_sound(step: StepBatch) -> None:
