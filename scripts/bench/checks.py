@@ -86,7 +86,7 @@ def main() -> int:
             ("range", lambda r=rows: r.max(), None),
             ("no expert twice", lambda r=rows: has_repeats(r), lambda r=rows: plain_repeats(r)),
             ("no expert twice, strided compares", lambda r=rows: repeated_ids(r).any(), None),
-            ("constant layers", lambda r=rows: constant_layers(r), lambda r=rows: plain_constant(r)),
+            ("constant layers", lambda r=rows: constant_layers([r]), lambda r=rows: plain_constant(r)),
             ("identical rows", lambda r=rows, i=inputs: longest_run(r, i), lambda r=rows: plain_runs(r)),
             ("checksum, not in all", lambda t=trace, i=tokens: checksum(t.experts, i), None),
             ("**all**", lambda t=trace, i=tokens: whole(t, i), None),
