@@ -4,14 +4,14 @@
     python scripts/bench/replay.py                                   # one GPU, builtin:qwen3moe-1b
     python scripts/bench/replay.py --tiny --out /tmp/replay.json     # proves the script, on a CPU
 
-A step is what the trainer does with one batch: take samples and records out of it, lay out the microbatches, recompute
-the log-probs, check the content of the records beside that pass, one update. Three ways, interleaved, all on the same
-random balanced routing, so that the experts' products are the same:
+A step is what the trainer does with one batch: take samples and records out of it, lay out the microbatches and check
+the content of their records, recompute the log-probs, one update. Three ways, interleaved, all on the same random
+balanced routing, so that the experts' products are the same:
 
     off     the router chooses for itself (top-k), and ready ids on the device take the choice's place
     r3      the records are forced, counted and audited, as in every step of a run
-    native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts and checks nothing; it is fed
-            by the same microbatches, whose content is checked beside it too, but it does not wait for that
+    native  Megatron-core's RouterReplay (`tests/megatron/native.py`), which counts nothing; it is fed by the same
+            microbatches, whose seals are checked for it, too
 
 A round runs each way once, in an order by which every way follows every other. The ratio of a way is its median over
 the median of `off`, with a 95 % bootstrap interval over rounds: a step that something else on the host held up would
