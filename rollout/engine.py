@@ -56,6 +56,7 @@ class EngineSpec:
     compare what arrived with what was sent, empty when it does.
     `provenance`: `exact` when it stamps rows with their forward passes, else `unknown`, and why in `unstamped`.
     `shared_memory`: rows come back through shared memory; else with the answers, and why in `unshared`.
+    `copies`: how the ids of a pass come to the engine's buffer, in words, where that is known and makes a difference.
     """
 
     model: ModelSpec
@@ -71,6 +72,7 @@ class EngineSpec:
     unstamped: str = "the engine says nothing of who wrote its routing rows"
     shared_memory: bool = False
     unshared: str = "the engine sends its rows with its answers"
+    copies: str = ""
 
     def describe_rows(self) -> str:
         """Return in words who wrote the rows and how they come back."""
@@ -78,7 +80,7 @@ class EngineSpec:
             return "no routing is captured"
         proof = f"provenance {self.provenance}" + (f" ({self.unstamped})" if self.unstamped else "")
         way = "through shared memory" if self.shared_memory else f"with the answers ({self.unshared})"
-        return f"{proof}; rows come {way}"
+        return f"{proof}; rows come {way}" + (f"; {self.copies}" if self.copies else "")
 
 
 @dataclass(frozen=True, slots=True)

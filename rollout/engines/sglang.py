@@ -16,7 +16,7 @@ from r3.rollout.engines.sglang_args import check_environment, check_output_layer
 from r3.rollout.engines.sglang_watch import Watch, watch_engine
 from r3.rollout.engines.sglang_weights import WeightLoader
 from r3.rollout.segment import Owner
-from r3.rollout.sglang_plugin.client import open_returns, switch
+from r3.rollout.sglang_plugin.client import copies, open_returns, switch
 from r3.routing import Provenance
 from r3.types import ModelSpec, WeightVersion
 from r3.weights import STREAMED, BroadcastGroup, WeightPart, WeightSource
@@ -70,6 +70,7 @@ class SglangEngine:
             model, self._name, config.routing.capture, config.rollout.dtype, recorded,
             provenance=self._provenance, unstamped=self._unstamped,
             shared_memory=self._segment is not None, unshared=self._unshared,
+            copies=copies(self._engine) if config.routing.capture else "",
             transports=("object_store", *STREAMED), ranks=self._ranks, unverified=self._loader.unverified,
         )  # fmt: skip
 

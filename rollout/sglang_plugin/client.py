@@ -16,6 +16,9 @@ from r3.types import WeightVersion
 NAME = "r3_provenance"
 RETURNS = "r3_returns"
 WEIGHTS = "r3_weights"
+ONE_COPY = "r3_one_copy"
+# What an engine says of its copies before it has made a pass.
+NOT_COMPARED = "no pass was compared with SGLang's own copies yet"
 GROUP = "sglang.srt.plugins"
 Wanted = Literal["auto", "require", "off"]
 
@@ -63,6 +66,17 @@ def open_returns(engine: Any, wanted: Wanted, size: int, *, prefault: bool) -> t
     if wanted == "require":
         raise ConfigError(f"routing.shared_memory is require, but {reason}")
     return None, reason
+
+
+def copies(engine: Any) -> str:
+    """Return how the ids of a pass come to SGLang's buffer, in words; empty where no pass has shown it yet."""
+    if absent() is not None:
+        return ""
+    try:
+        engine.collective_rpc(ONE_COPY)
+    except (AssertionError, AttributeError, RuntimeError) as error:
+        return "" if NOT_COMPARED in str(error) else f"ids of every layer are copied on their own ({error})"
+    return "ids of all layers are copied at once"
 
 
 def absent() -> str | None:

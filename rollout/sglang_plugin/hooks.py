@@ -12,6 +12,7 @@ import numpy as np
 
 from r3.rollout.provenance import KEY
 from r3.rollout.segment import Ticket
+from r3.rollout.sglang_plugin.client import NOT_COMPARED
 from r3.rollout.sglang_plugin.ledger import Ledger
 from r3.rollout.sglang_plugin.onecopy import OneCopy
 from r3.rollout.sglang_plugin.returns import Returns, Statement
@@ -300,7 +301,7 @@ class Hooks:
     def require_one_copy(self) -> None:
         """Raise `RuntimeError` with the reason where ids are copied layer by layer; `collective_rpc` calls it."""
         if not self._one_copy.layers:
-            raise RuntimeError(self._one_copy.refusal or "no pass was compared with SGLang's own copies yet")
+            raise RuntimeError(self._one_copy.refusal or NOT_COMPARED)
 
     def on_pause(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kw: Any) -> Any:
         """Gather what is queued where the engine rests: no pass may follow for long, and a client waits for it.

@@ -200,10 +200,6 @@ def handed_over(adapter: SglangEngine, request: Request) -> tuple[int, int]:
     return sum(handed), batch.routing_bytes
 
 
-def layered_copies(adapter: SglangEngine) -> str:
-    """Return why the engine copies expert ids layer by layer, empty where it copies those of all layers at once."""
-    try:
-        adapter._engine.collective_rpc("r3_one_copy")
-    except (AssertionError, RuntimeError) as error:
-        return str(error)
-    return ""
+def describe(adapter: SglangEngine) -> str:
+    """Return what the engine says of its rows by now."""
+    return adapter.spec().describe_rows()

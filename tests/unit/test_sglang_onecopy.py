@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from r3.rollout.sglang_plugin import onecopy
+from r3.rollout.sglang_plugin.client import NOT_COMPARED
 from r3.rollout.sglang_plugin.hooks import Hooks
 from r3.rollout.sglang_plugin.ledger import Ledger
 from r3.rollout.sglang_plugin.onecopy import OneCopy
@@ -224,7 +225,7 @@ def test_the_plugin_copies_before_sglang_reads_the_buffer(monkeypatch: pytest.Mo
     ledger = Ledger()
     engine, hooks = Engine(), Hooks(ledger)
     engine.copy, ledger.enabled = hooks._one_copy, False
-    with pytest.raises(RuntimeError, match="no pass was compared"):
+    with pytest.raises(RuntimeError, match=NOT_COMPARED):
         hooks.require_one_copy()
     engine.run()
     engine.run()

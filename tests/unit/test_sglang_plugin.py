@@ -170,6 +170,19 @@ def test_what_the_records_will_say(registered: None, monkeypatch: pytest.MonkeyP
     assert len(engine.calls) == 3, "an engine without the plugin is not asked"
 
 
+def test_how_ids_are_copied_is_said_once_a_pass_has_shown_it(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, cautious, fresh = Engine(), Engine("layers share the memory of their ids"), Engine(client.NOT_COMPARED)
+    assert client.copies(engine) == "ids of all layers are copied at once"
+    assert engine.calls == [("r3_one_copy", {})]
+    assert client.copies(cautious) == (
+        "ids of every layer are copied on their own (layers share the memory of their ids)"
+    )
+    assert client.copies(fresh) == ""
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert client.copies(engine) == ""
+    assert len(engine.calls) == 1, "an engine without the plugin is not asked"
+
+
 def test_returns_are_opened_refused_or_left_off(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, refusing = Engine(), Engine("pp_size=2: rows of a KV slot ...")
     owner, reason = client.open_returns(engine, "auto", 1 << 16, prefault=True)
