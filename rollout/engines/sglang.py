@@ -17,6 +17,7 @@ from r3.rollout.engines.sglang_watch import Watch, watch_engine
 from r3.rollout.engines.sglang_weights import WeightLoader
 from r3.rollout.segment import Owner
 from r3.rollout.sglang_plugin.client import copies, open_returns, switch
+from r3.rollout.wire.sglang import STOCK_DTYPE
 from r3.routing import Provenance
 from r3.types import ModelSpec, WeightVersion
 from r3.weights import STREAMED, BroadcastGroup, WeightPart, WeightSource
@@ -191,6 +192,8 @@ class SglangEngine:
             index, request, output, self._model,
             version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
             segment=self._segment,
+            # Narrow ids come from the plugin alone, where a record finds no room in its segment.
+            dtype=STOCK_DTYPE if self._segment is None else None,
         )  # fmt: skip
 
     def _open_segment(self, on_gpu: bool) -> tuple[Owner | None, str]:

@@ -61,13 +61,15 @@ def read_answer(
     start: int,
     provenance: Provenance | None,
     segment: Owner | None = None,
+    dtype: str | None = None,
 ) -> Generation:
     """Check one answer of SGLang and turn it into ours; SGLang was asked for rows from `start` on.
 
     `version`: the weights that the engine was given last; `provenance`: what it said of its rows, None where that is
-    not known yet; `segment`: the shared memory through which rows may come, None where they come with the answer.
-    A record that cannot be used is `Generation.defect`. Raises `EngineError` for tokens, log-probs,
-    finish reason or weight version that are not what they must be.
+    not known yet; `segment`: the shared memory through which rows may come, None where they come with the answer;
+    `dtype`: of ids that come with the answer, None where their number must tell. A record that cannot be used is
+    `Generation.defect`. Raises `EngineError` for tokens, log-probs, finish reason or weight version that are not what
+    they must be.
     """
     meta = output["meta_info"]
     response, logprobs = _sampled(index, output, model, engine)
@@ -89,8 +91,9 @@ def read_answer(
                     "and with it every routing row"
                 )
             decoded, stamps = _decoded(
-                meta, segment, tokens, model, request=index, weight_version=version, engine=engine, start=start
-            )
+                meta, segment, tokens, model,
+                request=index, weight_version=version, engine=engine, start=start, dtype=dtype,
+            )  # fmt: skip
             wire = decoded.wire
             routing, stale = _proven(
                 index, decoded.routing, stamps, tokens, request, start=start, engine=engine, expected=provenance
@@ -126,13 +129,14 @@ def _decoded(
     weight_version: WeightVersion,
     engine: str,
     start: int,
+    dtype: str | None,
 ) -> tuple[Decoded, Mapping[str, Any] | bytes]:
     """Return the record of one answer, however it came back, and what holds its stamps."""
     ticket = ticket_of(meta)
     if ticket is None:
         sent = decode_sglang(
             meta.get("routed_experts"), tokens, model,
-            request=request, weight_version=weight_version, engine=engine, start=start,
+            request=request, weight_version=weight_version, engine=engine, start=start, dtype=dtype,
         )  # fmt: skip
         return sent, meta
     if segment is None:

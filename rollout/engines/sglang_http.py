@@ -52,6 +52,7 @@ class SglangHttpEngine:
             self._shares_prefixes = all(fact.shares_prefixes for fact in facts)
             self._version = _FIRST
             self._provenance: Provenance | None = "unknown" if config.routing.provenance == "off" else None
+            self._recorded: Recorded | None = None
             self._recorded = self._probe() if config.routing.capture else None
             self._provenance, self._unstamped = self._says_who_wrote()
         except BaseException:
@@ -184,7 +185,7 @@ class SglangHttpEngine:
         return read_answer(
             index, request, output, self._model,
             version=self._version, engine=self._name, capture=capture, start=request.routing_start,
-            provenance=self._provenance,
+            provenance=self._provenance, dtype=None if self._recorded is None else self._recorded.wire_dtype,
         )  # fmt: skip
 
     def _load(self, server: Server, directory: Path, version: WeightVersion) -> None:

@@ -123,6 +123,15 @@ def test_later_rows_are_asked_for_once_a_batch_and_cut_for_each_request(
         assert "are required" in str(check_generation(wrong, answer, adapter.spec(), capture=True))
 
 
+def test_rows_that_two_dtypes_would_fit_are_sglangs_own(adapter: sglang.SglangEngine) -> None:
+    """One row of int32 has the bytes of four rows of uint8, which come from the plugin's fallback alone."""
+    row = np.tile(np.arange(TOP_K, dtype=np.int32), (1, LAYERS, 1))
+    stub(adapter).meta = {"routed_experts": base64.b64encode(row.tobytes()).decode()}
+    (found,) = adapter.generate([Request(REQUEST.tokens, ROWS - 1)], SAMPLING, capture=True)
+    assert found.defect is None
+    assert found.wire == Wire("int32", ROWS - 1)
+
+
 def test_capture_that_is_off_at_the_engine_is_a_defect(adapter: sglang.SglangEngine) -> None:
     stub(adapter).meta = {"routed_experts": None}
     found = answer(adapter)

@@ -182,6 +182,16 @@ def test_later_rows_alone_whatever_the_server_makes_of_it(start: Start, wire: Sg
     assert server.bodies("/generate")[-1]["routed_experts_start_len"] == 2
 
 
+def test_rows_that_two_dtypes_would_fit_are_read_in_that_of_the_probe(start: Start, wire: SglangWire) -> None:
+    """One row of int32 has the bytes of four rows of uint8, as many as there are from the first token on."""
+    wire.honours_start = True
+    engine, _ = start(wire)
+    (answer,) = engine.generate([Request(REQUEST.tokens, 3)], Sampling(1.0, 2), capture=True)
+    assert answer.defect is None
+    assert answer.wire == ("int32", 3, False)
+    assert [tuple(span) for span in answer.routing.spans] == [(3, 4, 0)]
+
+
 def test_a_server_that_stumbles_is_asked_again(start: Start, wire: SglangWire) -> None:
     engine, (server,) = start(wire)
     wire.failures = [(503, b"busy"), (500, b"broken")]

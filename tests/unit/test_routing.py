@@ -145,6 +145,13 @@ def test_a_record_in_the_wrong_width_is_refused():
         _with_rows(trace, trace.experts.astype(np.int64)).validate(4)
 
 
+@pytest.mark.parametrize("k", [0, 17])
+def test_a_top_k_that_no_model_of_so_many_experts_has_is_refused(k):
+    trace = _record(distinct_experts(np.random.default_rng(0), 3, 4, 4, 16))
+    with pytest.raises(RoutingError, match=f"top-k is {k} of 16 experts"):
+        _with_rows(trace, np.zeros((3, 4, k), np.uint8)).validate(4)
+
+
 def test_a_layer_that_never_changes_is_refused_over_a_batch():
     rows = distinct_experts(np.random.default_rng(0), 300, 4, 4, 16).astype(np.uint8)
     check_constant_layers([rows], range(4))
