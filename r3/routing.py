@@ -51,7 +51,7 @@ def narrow(wide: NDArray[np.integer], num_experts: int) -> ExpertIds:
     """
     if wide.dtype.kind not in "iu":
         raise RoutingError(f"expert ids have dtype {wide.dtype}; integers are required")
-    if wide.size and _is_outside(wide, num_experts):
+    if is_outside(wide, num_experts):
         at = np.unravel_index(int(np.argmax((wide < 0) | (wide >= num_experts))), wide.shape)
         raise RoutingError(
             f"expert id {int(wide[at])} at [row, layer, slot] {tuple(map(int, at))} is outside [0, {num_experts}); "
@@ -60,9 +60,14 @@ def narrow(wide: NDArray[np.integer], num_experts: int) -> ExpertIds:
     return np.ascontiguousarray(wide, dtype=expert_dtype(num_experts))
 
 
-def _is_outside(wide: NDArray[np.integer], num_experts: int) -> bool:
-    if wide.dtype.kind == "i" and num_experts <= np.iinfo(wide.dtype).max:
-        # One pass: read as unsigned, a negative id is larger than every legal one.
+def is_outside(wide: NDArray[np.integer], num_experts: int) -> bool:
+    """Tell whether an id of any integer dtype is outside `[0, num_experts)`, in one pass where that is enough."""
+    if not wide.size:
+        return False
+    if wide.dtype.kind == "u":
+        return int(wide.max()) >= num_experts
+    if num_experts <= np.iinfo(wide.dtype).max:
+        # Read as unsigned, a negative id is larger than every legal one.
         return int(wide.view(wide.dtype.str.replace("i", "u")).max()) >= num_experts
     return int(wide.min()) < 0 or int(wide.max()) >= num_experts
 
@@ -129,7 +134,9 @@ class RoutingTrace:
             provenance=provenance,
             crc32=checksum(experts, tokens),
         )
-        trace.validate(len(tokens))
+        # `narrow` has looked at the range.
+        trace.validate_form(len(tokens))
+        check_distinct(experts, trace.layers)
         trace.check_live(tokens)
         return trace
 

@@ -12,7 +12,7 @@ import pybase64
 from numpy.typing import NDArray
 
 from r3.errors import RoutingError
-from r3.routing import RoutingTrace, TokenIds
+from r3.routing import RoutingTrace, TokenIds, is_outside
 from r3.types import ModelSpec, WeightVersion
 
 WideIds = NDArray[np.integer[Any]]
@@ -70,7 +70,7 @@ def check_range(wide: WideIds, model: ModelSpec, layers: Sequence[int], request:
 
     `layers`: global index of each column. Raises `RoutingError` that names the first id out of range.
     """
-    if not wide.size or (int(wide.min()) >= 0 and int(wide.max()) < model.num_experts):
+    if not is_outside(wide, model.num_experts):
         return
     row, column, slot = (int(i) for i in np.argwhere((wide < 0) | (wide >= model.num_experts))[0])
     raise RoutingError(
