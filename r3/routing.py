@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from r3.errors import RoutingError
 from r3.structure import ExpertIds as ExpertIds
 from r3.structure import check_constant_layers as check_constant_layers
-from r3.structure import check_live, has_repeats, repeated_ids
+from r3.structure import check_live, has_repeats, repeated_ids, repeated_rows
 
 Provenance = Literal["exact", "unknown"]
 TokenIds = NDArray[np.int32]
@@ -74,13 +74,34 @@ def is_outside(wide: NDArray[np.integer], num_experts: int) -> bool:
 
 def checksum(experts: ExpertIds, tokens: TokenIds) -> int:
     """Return one crc32 over routing rows and the token ids that they belong to."""
-    return zlib.crc32(np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).data, rows_checksum(experts))
+    return _with_tokens(rows_checksum(experts), tokens)
+
+
+def _with_tokens(rows_crc32: int, tokens: TokenIds) -> int:
+    return zlib.crc32(np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).data, rows_crc32)
 
 
 def rows_checksum(experts: ExpertIds) -> int:
     """Return the crc32 of routing rows alone, little-endian: what `checksum` begins with."""
     little = np.ascontiguousarray(experts, dtype=experts.dtype.newbyteorder("<"))
     return zlib.crc32(little.view(np.uint8).reshape(-1).data)
+
+
+class RowsSeen(NamedTuple):
+    """What is known of rows whose ids are in range and distinct, whatever their tokens are.
+
+    `crc32`: of the rows alone; `same` bool `[rows - 1]`: which equal the next one in every layer.
+    """
+
+    crc32: int
+    same: NDArray[np.bool_]
+
+
+def see_rows(experts: ExpertIds, num_experts: int) -> RowsSeen | None:
+    """Look at rows `[rows, layers, k]` of a record's own dtype; None where an id is out of range or named twice."""
+    if is_outside(experts, num_experts) or has_repeats(experts):
+        return None
+    return RowsSeen(rows_checksum(experts), repeated_rows(experts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +136,16 @@ class RoutingTrace:
         engine: str,
         provenance: Provenance = "unknown",
         begin: int = 0,
+        seen: RowsSeen | None = None,
     ) -> RoutingTrace:
         """Check rows `[rows, layers, k]` of any integer dtype against the tokens `[S]` and freeze them as a record.
 
-        Rows cover token positions `[begin, begin + rows)` under one weight version. Raises `RoutingError`.
+        Rows cover token positions `[begin, begin + rows)` under one weight version. `seen`: what `see_rows` said of
+        rows in the record's own dtype. Raises `RoutingError`.
         """
         if wide.ndim != 3 or wide.shape[1] != len(layers):
             raise RoutingError(f"routing has shape {wide.shape}; [rows, {len(layers)} MoE layers, k] is required")
-        experts = narrow(wide, num_experts)
+        experts = narrow(wide, num_experts) if seen is None else np.ascontiguousarray(wide)
         experts.flags.writeable = False
         end = begin + experts.shape[0]
         trace = cls(
@@ -132,12 +155,13 @@ class RoutingTrace:
             spans=(Span(begin, end, weight_version),) if end > begin else (),
             engine=engine,
             provenance=provenance,
-            crc32=checksum(experts, tokens),
+            crc32=_with_tokens(rows_checksum(experts) if seen is None else seen.crc32, tokens),
         )
         # `narrow` has looked at the range.
         trace.validate_form(len(tokens))
-        check_distinct(experts, trace.layers)
-        trace.check_live(tokens)
+        if seen is None:
+            check_distinct(experts, trace.layers)
+        trace.check_live(tokens, None if seen is None else seen.same)
         return trace
 
     @property
@@ -168,9 +192,9 @@ class RoutingTrace:
         check_shape(self.experts, self.layers, self.num_experts)
         check_spans(self.spans, self.rows, num_tokens)
 
-    def check_live(self, tokens: TokenIds) -> None:
+    def check_live(self, tokens: TokenIds, same: NDArray[np.bool_] | None = None) -> None:
         """Raise `RoutingError` where rows do not react to the tokens `[S]`; see `r3.structure.check_live`."""
-        check_live(self.experts, self.layers, self.num_experts, tokens[self.positions()])
+        check_live(self.experts, self.layers, self.num_experts, tokens[self.positions()], same)
 
     def to_bytes(self, tokens: TokenIds | None = None) -> bytes:
         """Return the record in its wire form (`docs/record.md`), with `tokens` `[S]` when given; raise `RoutingError`.

@@ -138,13 +138,15 @@ def repeated_rows(experts: ExpertIds) -> Bools:
     return same
 
 
-def longest_run(experts: ExpertIds, inputs: NDArray[np.integer]) -> Run:
+def longest_run(experts: ExpertIds, inputs: NDArray[np.integer], same: Bools | None = None) -> Run:
     """Return the run of identical rows with the most changes of token; `inputs` `[rows]`: the token of each row.
+
+    `same`: what `repeated_rows` said of them, where it was asked before.
 
     Equal neighbouring tokens may well route alike in every layer: attention over equal values gives the same value.
     So a run proves something only where the token changes and the row does not.
     """
-    same = repeated_rows(experts)
+    same = repeated_rows(experts) if same is None else same
     edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
     if not len(edges):
         return Run(0, min(len(experts), 1), 0)
@@ -155,12 +157,12 @@ def longest_run(experts: ExpertIds, inputs: NDArray[np.integer]) -> Run:
     return Run(int(begins[best]), int(ends[best] - begins[best]) + 1, int(changes[best]))
 
 
-def check_runs(experts: ExpertIds, inputs: NDArray[np.integer], num_experts: int) -> None:
+def check_runs(experts: ExpertIds, inputs: NDArray[np.integer], num_experts: int, same: Bools | None = None) -> None:
     """Raise `RoutingError` when rows stay identical in all layers over `RUN_CHANGES` changes of token."""
     _, layers, k = experts.shape
     if len(experts) <= RUN_CHANGES or layers * math.log2(math.comb(num_experts, k)) < RUN_BITS:
         return
-    run = longest_run(experts, inputs)
+    run = longest_run(experts, inputs, same)
     if run.changes >= RUN_CHANGES:
         raise RoutingError(
             f"rows {run.begin} to {run.begin + run.rows - 1} are identical in all {layers} layers although their token "
@@ -168,7 +170,13 @@ def check_runs(experts: ExpertIds, inputs: NDArray[np.integer], num_experts: int
         )
 
 
-def check_live(experts: ExpertIds, layers: Sequence[int], num_experts: int, inputs: NDArray[np.integer]) -> None:
+def check_live(
+    experts: ExpertIds,
+    layers: Sequence[int],
+    num_experts: int,
+    inputs: NDArray[np.integer],
+    same: Bools | None = None,
+) -> None:
     """Raise `RoutingError` where rows `[rows, layers, k]` do not react to their tokens `inputs` `[rows]`.
 
     A layer that never changes, or rows that repeat, over tokens that do change. A record of one token over and over is
@@ -176,6 +184,6 @@ def check_live(experts: ExpertIds, layers: Sequence[int], num_experts: int, inpu
     """
     if not experts.size:
         return
-    check_runs(experts, inputs, num_experts)
+    check_runs(experts, inputs, num_experts, same)
     if experts.shape[2] < num_experts and np.count_nonzero(inputs[1:] != inputs[:-1]) >= CONSTANT_ROWS:
         check_constant_layers([experts], layers)

@@ -9,9 +9,10 @@ that view it are gone), or when it was never read and the reader gave up everyth
 of a call that failed, aborted requests. A writer that finds no room is told so (`allocate` returns None) and sends the
 rows another way. Records are taken back in the order in which they were made.
 
-Layout, int64 words: file header of 64 bytes `[magic, issued, abandoned, prefaulted]`; then records, each a header of 64
-bytes `[ticket, state, data bytes, trailer bytes, data bytes reserved]`, the data and the trailer. Only the writer sets
-`pending`, `ready` and `failed`, only the reader `taken` and `released`.
+Layout, int64 words: file header of 64 bytes `[magic, issued, abandoned, prefaulted, newest]`; then records, each a
+header of 64 bytes `[ticket, state, data bytes, trailer bytes, data bytes reserved, bytes of the whole]`, the data and
+the trailer. `newest` is the place of the record that was issued last. Only the writer sets `pending`, `ready` and
+`failed`, only the reader `taken` and `released`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,8 +37,8 @@ from r3.errors import RoutingError
 
 MAGIC = 0x5233524F57530001
 _ALIGN = 64
-_MAGIC, _ISSUED, _ABANDONED, _PREFAULTED = range(4)
-_TICKET, _STATE, _DATA, _TRAILER, _RESERVED = range(5)
+_MAGIC, _ISSUED, _ABANDONED, _PREFAULTED, _NEWEST = range(5)
+_TICKET, _STATE, _DATA, _TRAILER, _RESERVED, _PLACE = range(6)
 _PENDING, _READY, _FAILED, _TAKEN, _RELEASED = range(1, 6)
 _POLL_S = (0.00005, 0.00025)
 _REASON = 256  # bytes behind any record that can say why there is none
@@ -101,6 +103,7 @@ class Owner:
             raise
         self._mapped.set_word(0, _MAGIC, MAGIC)
         self._mapped.set_word(0, _PREFAULTED, prefault)
+        self._seen, self._end = 0, _ALIGN  # the last record that `look_ahead` came past, and where it ends
 
     @property
     def path(self) -> str:
@@ -134,9 +137,46 @@ class Owner:
         release.atexit = False
         return Taken(data, trailer)
 
+    def look_ahead(self) -> Iterator[tuple[Ticket, Bytes]]:
+        """Yield the data of records that are ready and not taken, in the order in which they were made, each once.
+
+        It ends at the first that is not written yet, where the next call goes on. Nothing is taken: a record can still
+        be, and its data, a view, is valid until it is given up.
+        """
+        while (ticket := self._next()) is not None:
+            state = self._mapped.word(ticket.offset, _STATE)
+            if state == _PENDING:
+                return
+            self._pass(ticket)
+            if state == _READY:
+                _fence()
+                yield (
+                    ticket,
+                    np.frombuffer(
+                        self._mapped.memory, np.uint8, self._mapped.word(ticket.offset, _DATA), ticket.offset + _ALIGN
+                    ),
+                )
+
+    def _next(self) -> Ticket | None:
+        """Return the record behind the last that was passed; it lies there or at the segment's beginning."""
+        mapped, number = self._mapped, self._seen + 1
+        if mapped.word(0, _ISSUED) >= number:
+            _fence()
+            for offset in dict.fromkeys((self._end, _ALIGN)):
+                if offset + _ALIGN <= self.size and mapped.word(offset, _TICKET) == number:
+                    return Ticket(number, offset)
+        return None
+
+    def _pass(self, ticket: Ticket) -> None:
+        self._seen, self._end = ticket.number, ticket.offset + self._mapped.word(ticket.offset, _PLACE)
+
     def abandon(self) -> None:
         """Give up every record issued so far that was not taken."""
-        self._mapped.set_word(0, _ABANDONED, self._mapped.word(0, _ISSUED))
+        issued, newest = (self._mapped.word(0, index) for index in (_ISSUED, _NEWEST))
+        if issued:
+            # Their places may be overwritten from now on, so `look_ahead` does not come past them any more.
+            self._pass(Ticket(issued, newest))
+        self._mapped.set_word(0, _ABANDONED, issued)
 
     def close(self) -> None:
         """Let go of the segment; it lives on while arrays of it, or its writer, do."""
@@ -238,7 +278,9 @@ class Writer:
         self._next = begin + need
         words = self._mapped.words[begin // 8 : begin // 8 + 8]
         words[:] = 0
-        words[[_TICKET, _STATE, _DATA, _RESERVED]] = self._issued, _PENDING, data, _aligned(data)
+        words[[_TICKET, _STATE, _DATA, _RESERVED, _PLACE]] = self._issued, _PENDING, data, _aligned(data), need
+        self._mapped.set_word(0, _NEWEST, begin)
+        _fence()
         self._mapped.set_word(0, _ISSUED, self._issued)
         return Slot(self._mapped, Ticket(self._issued, begin), data, trailer)
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from r3.config import Config
 from r3.errors import ConfigError, EngineError
+from r3.rollout.early import EarlyLook
 from r3.rollout.engine import EngineSpec, Generation, Recorded, Request, Sampling
 from r3.rollout.engines.sglang_answers import read_answer, sampling_params
 from r3.rollout.engines.sglang_args import check_environment, check_output_layer, check_release, engine_kwargs
 from r3.rollout.engines.sglang_watch import Watch, watch_engine
 from r3.rollout.engines.sglang_weights import WeightLoader
-from r3.rollout.segment import Owner
+from r3.rollout.segment import Owner, Ticket
 from r3.rollout.sglang_plugin.client import copies, open_returns, switch
 from r3.rollout.wire.sglang import STOCK_DTYPE
-from r3.routing import Provenance
+from r3.routing import Provenance, RowsSeen
 from r3.types import ModelSpec, WeightVersion
 from r3.weights import STREAMED, BroadcastGroup, WeightPart, WeightSource
 
@@ -96,11 +99,14 @@ class SglangEngine:
         start = min(request.routing_start for request in requests)
         options = {"routed_experts_start_len": start} if start else {}
         try:
-            outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
+            with self._looking(capture) as sound:
+                outputs = self._call(prompts, sampling, return_logprob=True, return_routed_experts=capture, **options)
             if len(outputs) != len(requests):
                 raise EngineError(f"{self._name} returned {len(outputs)} answers to {len(requests)} requests")
             pairs = zip(requests, outputs, strict=True)
-            return [self._generation(i, request, output, capture, start) for i, (request, output) in enumerate(pairs)]
+            return [
+                self._generation(i, request, output, capture, start, sound) for i, (request, output) in enumerate(pairs)
+            ]
         finally:
             if self._segment is not None:
                 self._segment.abandon()  # what nobody read has no other owner
@@ -184,14 +190,26 @@ class SglangEngine:
             raise EngineError(f"{self._name} refused {len(prompts)} requests: {error}") from error
         return outputs
 
+    def _looking(self, capture: bool) -> AbstractContextManager[Mapping[Ticket, RowsSeen]]:
+        """Look at rows in the segment as they come; not at those of a model with dense layers, which are cut out."""
+        if not capture or self._segment is None or len(self._model.moe_layers) < self._model.num_layers:
+            return nullcontext({})
+        return EarlyLook(self._segment, self._model)
+
     def _generation(
-        self, index: int, request: Request, output: dict[str, Any], capture: bool, start: int = 0
+        self,
+        index: int,
+        request: Request,
+        output: dict[str, Any],
+        capture: bool,
+        start: int = 0,
+        sound: Mapping[Ticket, RowsSeen] = MappingProxyType({}),
     ) -> Generation:
         assert self._version is not None
         return read_answer(
             index, request, output, self._model,
             version=self._version, engine=self._name, capture=capture, start=start, provenance=self._provenance,
-            segment=self._segment,
+            segment=self._segment, sound=sound,
             # Narrow ids come from the plugin alone, where a record finds no room in its segment.
             dtype=STOCK_DTYPE if self._segment is None else None,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from r3.errors import EngineError, RoutingError
 from r3.rollout.engine import Generation, Request, Sampling
 from r3.rollout.engines.sglang_returned import read_returned
 from r3.rollout.provenance import StaleRows, cut, with_provenance
-from r3.rollout.segment import Owner
+from r3.rollout.segment import Owner, Ticket
 from r3.rollout.sglang_plugin.tickets import ticket_of
 from r3.rollout.wire import Decoded, Wire, decode_sglang
-from r3.routing import Provenance, RoutingTrace, TokenIds
+from r3.routing import Provenance, RoutingTrace, RowsSeen, TokenIds
 from r3.types import Finish, ModelSpec, WeightVersion
 
 _FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -62,14 +63,15 @@ def read_answer(
     provenance: Provenance | None,
     segment: Owner | None = None,
     dtype: str | None = None,
+    sound: Mapping[Ticket, RowsSeen] = MappingProxyType({}),
 ) -> Generation:
     """Check one answer of SGLang and turn it into ours; SGLang was asked for rows from `start` on.
 
     `version`: the weights that the engine was given last; `provenance`: what it said of its rows, None where that is
     not known yet; `segment`: the shared memory through which rows may come, None where they come with the answer;
-    `dtype`: of ids that come with the answer, None where their number must tell. A record that cannot be used is
-    `Generation.defect`. Raises `EngineError` for tokens, log-probs, finish reason or weight version that are not what
-    they must be.
+    `dtype`: of ids that come with the answer, None where their number must tell; `sound`: what an `EarlyLook` found. A
+    record that cannot be used is `Generation.defect`. Raises `EngineError` for tokens, log-probs, finish reason or
+    weight version that are not what they must be.
     """
     meta = output["meta_info"]
     response, logprobs = _sampled(index, output, model, engine)
@@ -93,6 +95,7 @@ def read_answer(
             decoded, stamps = _decoded(
                 meta, segment, tokens, model,
                 request=index, weight_version=version, engine=engine, start=start, dtype=dtype,
+                sound=sound,
             )  # fmt: skip
             wire = decoded.wire
             routing, stale = _proven(
@@ -130,6 +133,7 @@ def _decoded(
     engine: str,
     start: int,
     dtype: str | None,
+    sound: Mapping[Ticket, RowsSeen],
 ) -> tuple[Decoded, Mapping[str, Any] | bytes]:
     """Return the record of one answer, however it came back, and what holds its stamps."""
     ticket = ticket_of(meta)
@@ -145,8 +149,9 @@ def _decoded(
             "does not hold; let that process stop, or give it routing.shared_memory=off"
         )
     return read_returned(
-        segment, ticket, tokens, model, request=request, weight_version=weight_version, engine=engine, start=start
-    )
+        segment, ticket, tokens, model,
+        request=request, weight_version=weight_version, engine=engine, start=start, sound=sound,
+    )  # fmt: skip
 
 
 def _sampled(index: int, output: dict[str, Any], model: ModelSpec, engine: str) -> tuple[TokenIds, NDArray[np.float32]]:

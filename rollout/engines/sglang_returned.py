@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from r3.errors import RoutingError
 from r3.rollout.segment import Owner, Ticket, as_rows
 from r3.rollout.wire import Decoded, read_rows
-from r3.routing import TokenIds, expert_dtype
+from r3.routing import RowsSeen, TokenIds, expert_dtype
 from r3.types import ModelSpec, WeightVersion
 
 # A ticket arrives one or two passes before its rows; after that long, nothing writes them any more.
@@ -22,8 +24,11 @@ def read_returned(
     weight_version: WeightVersion,
     engine: str,
     start: int,
+    sound: Mapping[Ticket, RowsSeen],
 ) -> tuple[Decoded, bytes]:
     """Return the record behind a ticket `(ticket, first row, rows)`, checked like one from the wire, and its stamps.
+
+    `sound`: what an `EarlyLook` found.
 
     The rows of a model without dense layers are a view of the segment, which keeps their place while they are used.
     Raises `RoutingError`.
@@ -37,5 +42,6 @@ def read_returned(
     decoded = read_rows(
         wide, tokens, model,
         request=request, weight_version=weight_version, engine=engine, begin=begin, start=start,
+        seen=sound.get(ticket),
     )  # fmt: skip
     return decoded, taken.trailer

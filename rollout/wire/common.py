@@ -12,7 +12,7 @@ import pybase64
 from numpy.typing import NDArray
 
 from r3.errors import RoutingError
-from r3.routing import RoutingTrace, TokenIds, is_outside
+from r3.routing import RoutingTrace, RowsSeen, TokenIds, is_outside
 from r3.types import ModelSpec, WeightVersion
 
 WideIds = NDArray[np.integer[Any]]
@@ -110,10 +110,11 @@ def record(
     weight_version: WeightVersion,
     engine: str,
     shared: bool = False,
+    seen: RowsSeen | None = None,
 ) -> Decoded:
     """Freeze rows `[rows, moe_layers, k]` of positions from `begin` on, and cut those before `start`.
 
-    Raises `RoutingError` with the name of the request.
+    `seen`: as `RoutingTrace.record` takes it. Raises `RoutingError` with the name of the request.
     """
     try:
         trace = RoutingTrace.record(
@@ -124,6 +125,7 @@ def record(
             weight_version=weight_version,
             engine=engine,
             begin=begin,
+            seen=seen,
         )
     except RoutingError as error:
         raise RoutingError(f"request {request}: {error}") from error

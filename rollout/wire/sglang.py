@@ -14,7 +14,7 @@ from r3.rollout.wire.common import (
     from_base64,
     record,
 )
-from r3.routing import TokenIds, expert_dtype
+from r3.routing import RowsSeen, TokenIds, expert_dtype
 from r3.types import ModelSpec, WeightVersion
 
 CAPTURE_IS_OFF = (
@@ -64,10 +64,12 @@ def read_rows(
     engine: str,
     begin: int,
     start: int,
+    seen: RowsSeen | None = None,
 ) -> Decoded:
     """Check rows `[rows, num_hidden_layers, top_k]` of positions from `begin` on that came through shared memory.
 
-    Rows that need no cut are not copied. Raises `RoutingError` as `decode_sglang` does.
+    Rows that need no cut are not copied. `seen`: of rows of a model without dense layers, as
+    `RoutingTrace.record` takes it. Raises `RoutingError` as `decode_sglang` does.
     """
     check_start(start, len(tokens), request)
     last = max(len(tokens) - 1, 0)
@@ -76,11 +78,13 @@ def read_rows(
             f"request {request}: {len(wide)} rows from position {begin} came back; {len(tokens)} tokens need "
             f"{last - start} from {start}"
         )
-    check_range(wide, model, range(model.num_layers), request)
+    if seen is None:
+        check_range(wide, model, range(model.num_layers), request)
     moe = drop_dense(wide, model, request)
     return record(
         moe, tokens, model,
         begin=begin, start=start, request=request, weight_version=weight_version, engine=engine, shared=True,
+        seen=seen,
     )  # fmt: skip
 
 

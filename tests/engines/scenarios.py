@@ -203,3 +203,22 @@ def handed_over(adapter: SglangEngine, request: Request) -> tuple[int, int]:
 def describe(adapter: SglangEngine) -> str:
     """Return what the engine says of its rows by now."""
     return adapter.spec().describe_rows()
+
+
+def looked_ahead(
+    adapter: SglangEngine, requests: list[Request], sampling: Sampling
+) -> tuple[list[Generation], int, int]:
+    """Answer requests; return how many of their records were sound when they were read, and how many there were."""
+    looks: list[Any] = []
+    look = adapter._looking
+
+    def noted(capture: bool) -> Any:
+        looks.append(look(capture))
+        return looks[-1]
+
+    adapter._looking = noted  # type: ignore[method-assign]
+    try:
+        answers = adapter.generate(requests, sampling, capture=True)
+    finally:
+        del adapter._looking
+    return answers, len(looks[0]._sound), sum(answer.wire is not None and answer.wire.shared for answer in answers)

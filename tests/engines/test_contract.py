@@ -81,6 +81,16 @@ def test_mixed_lengths_at_batch_64_cold_and_from_the_cache(engine: Worker, model
     assert engine("play", scenarios.describe).endswith("; ids of all layers are copied at once")
 
 
+def test_rows_are_looked_at_while_others_are_generated(engine: Worker, model_a: Path) -> None:
+    engine("engine", "load_weights", model_a, 1)
+    sampling = Sampling(1.0, 48, (EOS, *range(2, 40)))
+    for seed in (11, 12):
+        answers, early, shared = engine("play", scenarios.looked_ahead, requests(32, seed=seed, longest=20), sampling)
+        assert len({len(answer.logprobs) for answer in answers}) > 4
+        assert 0 < early <= shared == len(answers)
+        assert_contract(model_a, answers)
+
+
 def test_one_prompt_longer_than_many_chunks(engine: Worker, model_a: Path) -> None:
     engine("engine", "load_weights", model_a, 2)
     long = np.random.default_rng(3).integers(2, VOCAB_SIZE, 10 * CHUNK + 5).astype(np.int32)

@@ -229,3 +229,59 @@ def test_the_segment_outlives_its_owner_while_views_do() -> None:
     del owner
     gc.collect()
     assert data.tolist() == [5] * 64
+
+
+def test_looking_ahead_goes_on_where_records_are_not_written_yet() -> None:
+    owner, writer = pair()
+    first, second, third, fourth = (writer.allocate(8) for _ in range(4))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert fourth is not None
+    assert list(owner.look_ahead()) == []
+    for slot, fill in ((first, 1), (third, 3)):
+        slot.data[:] = fill
+        slot.publish()
+    assert [(ticket, data.tolist()) for ticket, data in owner.look_ahead()] == [(first.ticket, [1] * 8)]
+    second.fail("no rows")
+    fourth.data[:] = 4
+    fourth.publish()
+    owner.take(fourth.ticket, 1)
+    assert [ticket for ticket, _ in owner.look_ahead()] == [third.ticket], "neither a failed one nor one that was taken"
+    assert owner.take(first.ticket, 1).data.tolist() == [1] * 8, "nothing was taken"
+    assert list(owner.look_ahead()) == []
+
+
+def test_looking_ahead_follows_the_ring_round_and_round() -> None:
+    rng = np.random.default_rng(0)
+    owner, writer = pair()
+    wrapped, live = 0, []
+    for number in range(1, 400):
+        size = int(rng.integers(1, 900))
+        while (slot := writer.allocate(size)) is None:
+            del live[0]
+            gc.collect(0)
+        wrapped += bool(live) and slot.ticket.offset < live[-1][0].offset
+        slot.data[:] = number % 251
+        slot.publish()
+        (found,) = owner.look_ahead()
+        assert found[0] == slot.ticket
+        assert found[1].tolist() == [number % 251] * size
+        del found
+        live.append((slot.ticket, owner.take(slot.ticket, 1).data))
+    assert wrapped > 20
+
+
+def test_looking_ahead_begins_behind_what_was_given_up() -> None:
+    owner, writer = pair()
+    owner.abandon()
+    for fill in range(5):
+        put(writer, fill)
+    owner.abandon()
+    put(writer, 7, 4)
+    assert [data.tolist() for _, data in owner.look_ahead()] == [[7] * 4]
+    for fill in range(40):  # over their places
+        put(writer, fill)
+        owner.abandon()
+    put(writer, 9, 4)
+    assert [data.tolist() for _, data in owner.look_ahead()] == [[9] * 4]
