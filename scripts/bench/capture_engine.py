@@ -10,7 +10,8 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Bench:
         from r3.rollout.segment import Owner
         from r3.types import ModelSpec
 
+        self.sound: Mapping[Any, Any] = {}
         self.folder = Path(tempfile.mkdtemp())
         _announce_plugin(self.folder)
         model = _model(self.folder / "model", options)
@@ -98,7 +100,8 @@ class Bench:
             self.engine.generate(input_ids=requests["input_ids"], sampling_params={"max_new_tokens": 1})
         self.facts(trim)
         called = time.perf_counter()
-        outputs = self._answers(len(load.prompts), **requests, return_routed_experts=way in RETURNING)
+        with self._looking(way) as self.sound:
+            outputs = self._answers(len(load.prompts), **requests, return_routed_experts=way in RETURNING)
         ended = time.perf_counter()
         run = Run(way, 0.0, from_call=ended - called)
         if way in RETURNING:
@@ -113,6 +116,12 @@ class Bench:
         run.pinned = tuple(int(rank["pinned"]) for rank in noted) if noted[0]["pinned"] is not None else ()
         self.owner.abandon()
         return run
+
+    def _looking(self, way: str) -> AbstractContextManager[Mapping[Any, Any]]:
+        """Look at rows as they come, as the adapter does."""
+        from r3.rollout.early import EarlyLook
+
+        return EarlyLook(self.owner, self.model) if way == "ours" else nullcontext({})
 
     def _answers(self, requests: int, **arguments: Any) -> Any:
         """Generate, with no pass before all requests are queued; a hold that they never end is let go of."""
@@ -180,9 +189,11 @@ class Bench:
         from r3.rollout.wire import decode_sglang, read_rows
 
         who: dict[str, Any] = {"request": 0, "weight_version": 0, "engine": "sglang"}
-        if ticket_of(output["meta_info"]) is None:
+        returned = ticket_of(output["meta_info"])
+        if returned is None:
             return decode_sglang(output["meta_info"]["routed_experts"], tokens, self.model, **who).routing
-        routing = read_rows(rows, tokens, self.model, **who, begin=0, start=0).routing
+        seen = self.sound.get(returned[0])
+        routing = read_rows(rows, tokens, self.model, **who, begin=0, start=0, seen=seen).routing
         found, stale = with_provenance(routing, trailer, num_tokens=len(tokens), prompt_len=prompt_len)
         if stale:
             raise RuntimeError(f"rows of an undisturbed answer are stale: {stale[:3]}")
