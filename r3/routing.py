@@ -64,9 +64,10 @@ def is_outside(wide: NDArray[np.integer], num_experts: int) -> bool:
     """Tell whether an id of any integer dtype is outside `[0, num_experts)`, in one pass where that is enough."""
     if not wide.size:
         return False
+    can_exceed = num_experts <= np.iinfo(wide.dtype).max
     if wide.dtype.kind == "u":
-        return int(wide.max()) >= num_experts
-    if num_experts <= np.iinfo(wide.dtype).max:
+        return can_exceed and int(wide.max()) >= num_experts
+    if can_exceed:
         # Read as unsigned, a negative id is larger than every legal one.
         return int(wide.view(wide.dtype.str.replace("i", "u")).max()) >= num_experts
     return int(wide.min()) < 0 or int(wide.max()) >= num_experts
@@ -281,7 +282,7 @@ def _check_kind(dtype: np.dtype[Any], layers: tuple[int, ...], top_k: int, num_e
 
 def check_range(experts: ExpertIds, num_experts: int) -> None:
     """Raise `RoutingError` for an id that the model does not have."""
-    if experts.size and num_experts <= np.iinfo(experts.dtype).max and int(experts.max()) >= num_experts:
+    if is_outside(experts, num_experts):
         raise RoutingError(f"expert id {int(experts.max())} is outside [0, {num_experts})")
 
 

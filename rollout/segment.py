@@ -81,6 +81,10 @@ class _Mapped:
     def set_word(self, offset: int, index: int, value: int) -> None:
         self._ints[offset // 8 + index] = value
 
+    def data(self, offset: int) -> Bytes:
+        """Return the data of the record at `offset`, a view."""
+        return np.frombuffer(self.memory, np.uint8, self.word(offset, _DATA), offset + _ALIGN)
+
 
 class Owner:
     """The rollout process's side: makes the segment, reads records, lets go of them."""
@@ -123,14 +127,13 @@ class Owner:
         """
         mapped = self._mapped
         self.wait(ticket, timeout_s)
-        begin = ticket.offset + _ALIGN
-        size, reserved = mapped.word(ticket.offset, _DATA), mapped.word(ticket.offset, _RESERVED)
-        trailer = bytes(mapped.bytes[begin + reserved :][: mapped.word(ticket.offset, _TRAILER)])
+        behind = ticket.offset + _ALIGN + mapped.word(ticket.offset, _RESERVED)
+        trailer = bytes(mapped.bytes[behind:][: mapped.word(ticket.offset, _TRAILER)])
         if mapped.word(ticket.offset, _STATE) == _FAILED:
             mapped.set_word(ticket.offset, _STATE, _RELEASED)
             raise RoutingError(f"the engine could not return its routing: {trailer.decode(errors='replace')}")
         mapped.set_word(ticket.offset, _STATE, _TAKEN)
-        data: Bytes = np.frombuffer(mapped.memory, np.uint8, size, begin)
+        data = mapped.data(ticket.offset)
         data.flags.writeable = False
         # Views of this array have it as their base, so it dies with the last of them.
         release = weakref.finalize(data, mapped.set_word, ticket.offset, _STATE, _RELEASED)
@@ -150,12 +153,7 @@ class Owner:
             self._pass(ticket)
             if state == _READY:
                 _fence()
-                yield (
-                    ticket,
-                    np.frombuffer(
-                        self._mapped.memory, np.uint8, self._mapped.word(ticket.offset, _DATA), ticket.offset + _ALIGN
-                    ),
-                )
+                yield ticket, self._mapped.data(ticket.offset)
 
     def _next(self) -> Ticket | None:
         """Return the record behind the last that was passed; it lies there or at the segment's beginning."""

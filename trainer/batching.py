@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from r3.config import TrainerConfig
 from r3.errors import RoutingError
-from r3.routing import ExpertIds, RoutingTrace, expert_dtype
+from r3.routing import ExpertIds, RoutingTrace, expert_dtype, is_outside
 from r3.trainer.records import ContentCheck, check_content, check_ids, name, needed_blocks
 from r3.trainer.rows import Bools, Ints, RowClasses
 from r3.trainer.sampling import AuditPlan
@@ -337,7 +337,7 @@ class _Whole:
 
     def require_known_ids(self, step: StepBatch, samples: Sequence[int]) -> None:
         """Raise `RoutingError` for an id that the model does not have: on a device it would end the process."""
-        if self.experts is None or not self.experts.size or int(self.experts.max()) < self.spec.num_experts:
+        if self.experts is None or not is_outside(self.experts, self.spec.num_experts):
             return
         for i in samples:
             record = step.records[i]

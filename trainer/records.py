@@ -26,20 +26,19 @@ def check_content(records: Recorded) -> None:
 
 def check_seals(records: Recorded) -> None:
     """Raise `RoutingError` unless the rows are those that the rollout sealed with its tokens."""
-    for trajectory, blocks in records:
-        try:
-            for block in blocks:
-                block.verify(trajectory.tokens)
-        except RoutingError as error:
-            raise _named(trajectory, error) from error
+    _check_blocks(records, lambda trajectory, block: block.verify(trajectory.tokens))
 
 
 def check_experts(records: Recorded) -> None:
     """Raise `RoutingError` unless rows name k distinct experts."""
+    _check_blocks(records, lambda trajectory, block: check_distinct(block.experts, block.layers))
+
+
+def _check_blocks(records: Recorded, check: Callable[[Trajectory, RoutingTrace], None]) -> None:
     for trajectory, blocks in records:
         try:
             for block in blocks:
-                check_distinct(block.experts, block.layers)
+                check(trajectory, block)
         except RoutingError as error:
             raise _named(trajectory, error) from error
 

@@ -28,10 +28,8 @@ def read_returned(
 ) -> tuple[Decoded, bytes]:
     """Return the record behind a ticket `(ticket, first row, rows)`, checked like one from the wire, and its stamps.
 
-    `sound`: what an `EarlyLook` found.
-
-    The rows of a model without dense layers are a view of the segment, which keeps their place while they are used.
-    Raises `RoutingError`.
+    `sound`: what an `EarlyLook` found. The rows of a model without dense layers are a view of the segment, which keeps
+    their place while they are used. Raises `RoutingError`.
     """
     ticket, begin, rows = found
     try:

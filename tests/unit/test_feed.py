@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from r3.errors import RoutingError
-from r3.routing import checksum
+from r3.routing import RoutingTrace, checksum
 from r3.trainer import records
 from r3.trainer.batching import Form, StepBatch, microbatch
 from r3.trainer.feed import MicroBatches, StepShare, finish_checks, largest_shape
@@ -23,28 +24,29 @@ def step() -> StepBatch:
     return step_of(trajectory(0, response=2), trajectory(1, response=5), trajectory(2, response=9))
 
 
-def broken(step: StepBatch, sample: int) -> StepBatch:
-    """The step with rows of one record in another order than they were sealed in."""
+def changed(step: StepBatch, sample: int, change: Callable[[RoutingTrace], RoutingTrace]) -> StepBatch:
+    """The step with one record's blocks changed."""
     record = step.records[sample]
     assert record is not None
-    blocks = tuple(replace(block, experts=np.roll(block.experts, 1, axis=0)) for block in record.blocks)
     records = list(step.records)
-    records[sample] = Record(record.spans, blocks)
+    records[sample] = Record(record.spans, tuple(change(block) for block in record.blocks))
     return replace(step, records=tuple(records))
+
+
+def broken(step: StepBatch, sample: int) -> StepBatch:
+    """The step with rows of one record in another order than they were sealed in."""
+    return changed(step, sample, lambda block: replace(block, experts=np.roll(block.experts, 1, axis=0)))
 
 
 def repeating(step: StepBatch, sample: int) -> StepBatch:
     """The step with an expert twice in row 1, layer 3 of one record, sealed so."""
-    record = step.records[sample]
-    assert record is not None
-    blocks = []
-    for block in record.blocks:
-        experts = block.experts.copy()
-        experts[1, block.layers.index(3), 0] = experts[1, block.layers.index(3), 1]
-        blocks.append(replace(block, experts=experts, crc32=checksum(experts, step.trajectories[sample].tokens)))
-    records = list(step.records)
-    records[sample] = Record(record.spans, tuple(blocks))
-    return replace(step, records=tuple(records))
+
+    def twice(block: RoutingTrace) -> RoutingTrace:
+        experts, column = block.experts.copy(), block.layers.index(3)
+        experts[1, column, 0] = experts[1, column, 1]
+        return replace(block, experts=experts, crc32=checksum(experts, step.trajectories[sample].tokens))
+
+    return changed(step, sample, twice)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -134,10 +136,8 @@ def test_an_error_of_the_pass_stays_where_records_are_sound(step: StepBatch) -> 
 
 
 def test_an_id_that_the_model_lacks_never_reaches_the_device(step: StepBatch) -> None:
-    record = step.records[2]
-    assert record is not None
-    blocks = tuple(replace(block, experts=block.experts + np.uint8(200)) for block in record.blocks)
-    fed = MicroBatches(replace(step, records=(*step.records[:2], Record(record.spans, blocks))), SAMPLES, SPEC, Form())
+    outside = changed(step, 2, lambda block: replace(block, experts=block.experts + np.uint8(200)))
+    fed = MicroBatches(outside, SAMPLES, SPEC, Form())
     with pytest.raises(RoutingError, match=r"group 2, member 0.*outside"):
         assert fed[1]
 
