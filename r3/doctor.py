@@ -22,6 +22,7 @@ from typing import Literal
 
 from r3._identity import require_own_packages
 from r3.config import Config, load_config
+from r3.crc import IMPLEMENTATION
 from r3.errors import ConfigError, EngineError, R3Error
 
 State = Literal["ok", "warn", "FAIL", "skip"]
@@ -271,7 +272,7 @@ class _Parts:
 
 def _own_packages() -> str:
     require_own_packages()
-    return f"this package, in {Path(__file__).parent}"
+    return f"this package, in {Path(__file__).parent}; checksums by {IMPLEMENTATION}"
 
 
 def _installed(config: Config) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from r3.crc import crc32
 from r3.errors import CheckpointError, RoutingError
 from r3.routing import Provenance, RoutingTrace, Span, TokenIds, expert_dtype, rows_checksum
 
@@ -352,7 +352,7 @@ def _check_tokens(parsed: _Parsed) -> None:
     if parsed.stored.tokens is None:
         return
     begin, size = parsed.sections.tokens, 4 * parsed.header.tokens
-    found = zlib.crc32(parsed.data[begin : begin + size], parsed.header.rows_crc32)
+    found = crc32(parsed.data[begin : begin + size], parsed.header.rows_crc32)
     if found != parsed.header.crc32:
         raise RoutingError(
             f"checksum of rows and tokens is {found:#010x}, recorded {parsed.header.crc32:#010x}: tokens changed, or "
@@ -386,7 +386,7 @@ def _sections(layers: int, spans: int, engine: int, tokens: int, rows: int) -> _
 
 def _meta_checksum(data: memoryview, sections: _Sections) -> int:
     """Return the crc32 of all that is neither rows nor tokens: the header up to this checksum, and the tables."""
-    return zlib.crc32(data[_HEADER.size : sections.tokens], zlib.crc32(data[:_META]))
+    return crc32(data[_HEADER.size : sections.tokens], crc32(data[:_META]))
 
 
 def _least_tokens(spans: tuple[Span, ...]) -> int:

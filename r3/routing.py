@@ -6,7 +6,6 @@ and is verified again where the trainer installs it (`r3.trainer.batching`).
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from r3.crc import crc32
 from r3.errors import RoutingError
 from r3.structure import ExpertIds as ExpertIds
 from r3.structure import check_constant_layers as check_constant_layers
@@ -79,13 +79,13 @@ def checksum(experts: ExpertIds, tokens: TokenIds) -> int:
 
 
 def _with_tokens(rows_crc32: int, tokens: TokenIds) -> int:
-    return zlib.crc32(np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).data, rows_crc32)
+    return crc32(np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).data, rows_crc32)
 
 
 def rows_checksum(experts: ExpertIds) -> int:
     """Return the crc32 of routing rows alone, little-endian: what `checksum` begins with."""
     little = np.ascontiguousarray(experts, dtype=experts.dtype.newbyteorder("<"))
-    return zlib.crc32(little.view(np.uint8).reshape(-1).data)
+    return crc32(little.view(np.uint8).reshape(-1).data)
 
 
 class RowsSeen(NamedTuple):

@@ -166,8 +166,10 @@ class MicroBatch:
     `tokens`, `positions`, `labels` int64 `[b, s]`; `targets` int64 `[b, s]`: index of the predicted token among the
     step's response tokens (`StepBatch`), -1 where the row is not trained. For the routers, which see `r` of the `s`
     rows under sequence parallelism: `routed_targets` int64 `[b, r]`, their `targets`; `experts` `[b, r, layers, k]` of
-    the rank's MoE layers, or None when no trajectory has a record; `recorded` and `pads` bool `[b, r]`; `order` int64
-    `[b, r]`: place of the row in the uncut microbatch; `windows` int64 `[b, r]`: window of the audit that the row is
+    the rank's MoE layers, or None when no trajectory has a record; `recorded`, `filled` and `pads` bool `[b, r]`:
+    which rows have a record, which have the ids of another row because nobody reads what becomes of them (pads, and the
+    last tokens of recorded sequences), and which are pads; `order` int64 `[b, r]`: place of the row in the uncut
+    microbatch; `windows` int64 `[b, r]`: window of the audit that the row is
     in, -1 for none; `sampled` bool `[b, r]`: was the row's token sampled (else it is the prompt's).
     `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and
     length of the uncut microbatch. `rows`: how many rows of it are of which kind.
@@ -180,6 +182,7 @@ class MicroBatch:
     routed_targets: Ints
     experts: ExpertIds | None
     recorded: Bools
+    filled: Bools
     pads: Bools
     order: Ints
     windows: Ints
@@ -280,9 +283,10 @@ class _Whole:
         self.positions = np.broadcast_to(np.arange(shape[1]), shape).copy()
         self.targets, self.windows = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
         self.recorded, self.sampled = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-        self.pads = np.ones(shape, np.bool_)
+        self.pads, self.filled = np.ones(shape, np.bool_), np.zeros(shape, np.bool_)
         self.experts: ExpertIds | None = None
         self.rows = RowClasses(pads=shape[0] * shape[1])
+        self._last = np.empty(0, np.int64)
 
     def place_tokens(self, step: StepBatch, samples: Sequence[int], sizes: Ints, begins: Ints) -> None:
         """Put the samples, of so many tokens, at places `begins`."""
@@ -290,6 +294,7 @@ class _Whole:
             return
         chosen = [step.trajectories[i] for i in samples]
         prompts = np.array([trajectory.prompt_len for trajectory in chosen])
+        self._last = begins + sizes - 1
         here = _within(begins, begins + sizes, self.tokens.size)
         first = _begins(sizes)
         tokens = np.concatenate([trajectory.tokens for trajectory in chosen])
@@ -333,7 +338,22 @@ class _Whole:
             self.recorded = recorded.reshape(self.recorded.shape)
             self.windows[self.recorded] = np.concatenate(windows)
             self.rows += RowClasses(required=found, missing=-found)
+            self._fill(rows)
         return placed
+
+    def _fill(self, rows: ExpertIds) -> None:
+        """Give a last token the ids of the row before and pads those of recorded rows in turn, if these are there.
+
+        Nothing depends on what becomes of such a row, and a router that need not choose for it costs a GPU five kernels
+        less. In turn, because the experts would wait for the one that got all pads.
+        """
+        recorded, pads = np.flatnonzero(self.recorded), np.flatnonzero(self.pads)
+        # The row before one without a record is never a recorded one of another sequence: those end without.
+        last = self._last[self.recorded.reshape(-1)[self._last - 1]]
+        rows[last] = rows[last - 1]
+        rows[pads] = rows[np.resize(recorded, len(pads))]
+        filled = self.filled.reshape(-1)
+        filled[last] = filled[pads] = True
 
     def require_known_ids(self, step: StepBatch, samples: Sequence[int]) -> None:
         """Raise `RoutingError` for an id that the model does not have: on a device it would end the process."""
@@ -361,6 +381,7 @@ class _Whole:
             routed_targets=self.targets[:, routed],
             experts=None if self.experts is None else self.experts[:, routed],
             recorded=self.recorded[:, routed],
+            filled=self.filled[:, routed],
             pads=self.pads[:, routed],
             order=order[:, routed],
             windows=self.windows[:, routed],

@@ -1,36 +1,73 @@
-"""What the routers of a microbatch did, kept until many layers can be counted together.
+"""What the routers of a pass did, kept until many layers and microbatches can be counted together.
 
-On a GPU a small kernel costs its launch and hardly more: layer by layer, counting was most of replay's time.
+On a GPU a small kernel costs its launch and hardly more, and a pass over small microbatches is as long as its launches
+take: layer by layer, counting was most of replay's time, microbatch by microbatch a third.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import torch
 
 from r3.audit import LAGS
 from r3.trainer.routed import AuditPairs, MicrobatchRouting, RoutedRecord
+from r3.trainer.sampling import AuditRows
 from r3.trainer.tally import Tally
 
-# Bytes that counting may take at once, for what is kept of the layers and for comparing them.
-ROOM_BYTES = 128 * 2**20
+# Bytes that counting may take at once, for what is kept of routers and for comparing it.
+ROOM_BYTES = 256 * 2**20
+# Flags of a row, of that many bytes, as one integer.
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class PassCounts:
+    """Counts the first passes of some microbatches into `tally`: `begin` each one, and `count` when all are finished.
+
+    It counts by itself where more is kept than there is room for.
+    """
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._kept: dict[tuple[int, int, int, bool], list[_Block]] = {}
+        self._bytes = 0
+
+    def begin(self, routing: MicrobatchRouting, record: RoutedRecord, chunk: int = 0) -> MicrobatchCounts:
+        """Return what takes the router calls of the next microbatch that `chunk` of the model runs."""
+        return MicrobatchCounts(self, self._tally, routing, record, chunk)
+
+    def keep(self, block: _Block, size: int) -> None:
+        """Keep a block that takes `size` bytes to count."""
+        if self._bytes + size > ROOM_BYTES:
+            self.count()
+        self._kept.setdefault(block.key, []).append(block)
+        self._bytes += size
+
+    def count(self) -> None:
+        """Count all that is kept."""
+        for blocks in self._kept.values():
+            _Joined(self._tally, blocks).count()
+        self._kept.clear()
+        self._bytes = 0
 
 
 class MicrobatchCounts:
-    """Counts the first pass of one microbatch into `tally`: an `add` for each router call, then `finish`.
+    """Takes the router calls of one microbatch, an `add` for each, then `finish`.
 
-    Layers are counted in blocks of consecutive ones that are all forced or all free, as many as there is room for.
+    They are handed on in blocks of consecutive layers that are all forced or all free, as many as there is room for.
     """
 
-    def __init__(self, tally: Tally, routing: MicrobatchRouting, record: RoutedRecord) -> None:
-        self._tally, self._routing, self._record = tally, routing, record
-        # The first layer of the block, its column, and whether it is forced.
-        self._block = (0, 0, False)
-        self._own: list[torch.Tensor] = []
-        self._maps: list[torch.Tensor] = []
-        self._differs: torch.Tensor | None = None
-        self._flags: dict[int, torch.Tensor] = {}
+    def __init__(
+        self, kept: PassCounts, tally: Tally, routing: MicrobatchRouting, record: RoutedRecord, chunk: int
+    ) -> None:
+        self.routing, self.record = routing, record
+        # Which microbatch this is.
+        self.index = tally.runs.get(chunk, 0)
+        self._kept, self._tally, self._chunk = kept, tally, chunk
+        self._block: _Block | None = None
 
     def add(self, local: int, column: int, own: torch.Tensor, routing_map: torch.Tensor | None) -> None:
         """Take what one router chose and used.
@@ -39,95 +76,145 @@ class MicrobatchCounts:
         `routing_map` bool `[t, experts]`: what its experts get, None where it was not forced.
         """
         self._tally.visits[column] = self._tally.visits.get(column, 0) + 1
-        size = self._size
-        begin, first, forced = self._block
-        here = (local, column, routing_map is not None)
-        if size and ((begin + size, first + size, forced) != here or self._full(own, routing_map)):
-            self._count()
-            size = 0
-        if not size:
-            self._block = here
-        if self._routing.compare:
-            self._own.append(own)
+        block, size = self._block, self._bytes(own, routing_map)
+        if block is None or not block.goes_on(local, column, routing_map is not None) or block.bytes + size > ROOM_BYTES:
+            self._hand_over()
+            block = self._block = _Block(self, local, column, routing_map is not None)
+        block.layers += 1
+        block.bytes += size
+        if self.routing.compare:
+            block.own.append(own)
         if routing_map is not None:
-            self._maps.append(routing_map)
+            block.maps.append(routing_map)
 
-    def finish(self, chunk: int) -> None:
-        """Count what is left, and note that `chunk` of the model ran this microbatch."""
-        self._count()
-        index = self._tally.finish_microbatch(chunk, self._routing.experts is not None)
-        if self._routing.experts is None or not self._routing.compare:
-            return
-        recorded = self._record.recorded
-        # A part of the model without an MoE layer differs nowhere.
-        differs = torch.zeros_like(recorded) if self._differs is None else self._differs
-        self._tally.note_differences(index, differs, recorded, self._flags)
-
-    @property
-    def _size(self) -> int:
-        return max(len(self._own), len(self._maps))
+    def finish(self) -> None:
+        """Note that this microbatch was run."""
+        self._hand_over()
+        routed = self.routing.experts is not None
+        self._tally.finish_microbatch(self._chunk, routed)
+        if routed and self.routing.compare:
+            self._tally.recorded[self.index] = self.record.recorded
 
     @cached_property
-    def _audit(self) -> AuditPairs | None:
-        # Made when a block is counted, which is when the device has work: before its first layers it would wait.
-        return None if self._routing.audit is None else self._routing.audit()
+    def audit(self) -> AuditRows | None:
+        """The rows of the audit, made once and when they are counted."""
+        return None if self.routing.audit is None else self.routing.audit()
 
-    def _full(self, own: torch.Tensor, routing_map: torch.Tensor | None) -> bool:
+    def _hand_over(self) -> None:
+        if self._block is not None:
+            self._kept.keep(self._block, self._block.bytes)
+        self._block = None
+
+    def _bytes(self, own: torch.Tensor, routing_map: torch.Tensor | None) -> int:
+        """Return what it takes to keep and count one layer."""
         rows, k = own.shape
         # A map and its copy, and of the used ids twice.
         size = 0 if routing_map is None else 2 * rows * (routing_map.shape[1] + k)
-        if self._routing.compare:
+        if self.routing.compare:
             # Ids of both sides and every id with every other.
             size += rows * k * (16 + k)
-        size += len(LAGS) * self._routing.audited * k * (16 + k)
-        return (self._size + 1) * size > ROOM_BYTES
+        return size + len(LAGS) * self.routing.audited * k * (16 + k)
 
-    def _count(self) -> None:
-        size, (begin, first, _) = self._size, self._block
-        columns = slice(first, first + size)
-        if size:
-            ids = self._record.layers(begin, begin + size)
-            if self._maps:
-                self._count_used(columns, torch.stack(self._maps).gather(2, ids).bool())
-            if self._own:
-                self._compare(columns, torch.stack(self._own), ids)
-        self._own.clear()
-        self._maps.clear()
 
-    def _count_used(self, columns: slice, used: torch.Tensor) -> None:
-        """Count into `columns` which recorded ids were used, `used` bool `[layers, t, k]`."""
-        self._tally.mismatched_ids.add_((~used & self._record.mask).sum())
-        self._tally.followed[columns].add_((used.all(-1) & self._record.recorded).sum(-1))
+@dataclass(slots=True, eq=False)
+class _Block:
+    """Consecutive layers of a microbatch, from `begin` (local) and `column` on; tensors as `add` took them, by layer."""
 
-    def _compare(self, columns: slice, own: torch.Tensor, ids: torch.Tensor) -> None:
-        """Count into `columns` where the own choice is another than the record, each int64 `[layers, t, k]`."""
-        differs = ~contained(ids, own).all(-1) & self._record.recorded
-        self._tally.disagree[columns].add_(differs.sum(-1))
-        recorded = self._record.mask.long().expand(ids.shape[1:]).reshape(1, -1).expand(len(ids), -1)
-        self._tally.loads[columns].scatter_add_(1, ids.flatten(1), recorded)
-        self._tally.repeated.add_((repeats(ids) & self._record.recorded).sum())
-        anywhere = differs.any(0)
-        self._differs = anywhere if self._differs is None else self._differs | anywhere
-        if self._routing.trace:
-            self._flags |= dict(zip(range(columns.start, columns.stop), differs.unbind(0), strict=True))
-        if self._audit is not None:
-            self._overlap(columns, own, ids, self._audit)
+    of: MicrobatchCounts
+    begin: int
+    column: int
+    forced: bool
+    layers: int = 0
+    bytes: int = 0
+    own: list[torch.Tensor] = field(default_factory=list)
+    maps: list[torch.Tensor] = field(default_factory=list)
 
-    def _overlap(self, columns: slice, own: torch.Tensor, ids: torch.Tensor, audit: AuditPairs) -> None:
+    @property
+    def key(self) -> tuple[int, int, int, bool]:
+        """What blocks must share to be counted together."""
+        return self.begin, self.column, self.layers, self.forced
+
+    def goes_on(self, local: int, column: int, forced: bool) -> bool:
+        """Tell whether such a layer is the next of this block."""
+        return (local, column, forced) == (self.begin + self.layers, self.column + self.layers, self.forced)
+
+
+class _Joined:
+    """The same layers of some microbatches, `t` rows in all, one microbatch behind the other."""
+
+    def __init__(self, tally: Tally, blocks: Sequence[_Block]) -> None:
+        self._tally, self._blocks, first = tally, blocks, blocks[0]
+        self._columns = slice(first.column, first.column + first.layers)
+        end = first.begin + first.layers
+        self._ids = _joined([block.of.record.layers(first.begin, end) for block in blocks], 1)
+        self._recorded = _joined([block.of.record.recorded for block in blocks], 0)
+        self._mask = self._recorded[:, None]
+
+    def count(self) -> None:
+        """Count them."""
+        first = self._blocks[0]
+        if first.maps:
+            used = self._by_layer([block.maps for block in self._blocks]).gather(2, self._ids)
+            self._count_used(used.bool())
+        if first.own:
+            own = self._by_layer([block.own for block in self._blocks])
+            self._compare(own)
+            audit = self._audit_pairs()
+            if audit is not None:
+                self._overlap(own, audit)
+
+    def _by_layer(self, parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """Return tensors `[rows, n]` by microbatch and layer as one `[layers, t, n]`."""
+        joined = torch.cat([part[layer] for layer in range(len(parts[0])) for part in parts])
+        return joined.view(len(parts[0]), -1, joined.shape[1])
+
+    def _count_used(self, used: torch.Tensor) -> None:
+        """Count which recorded ids were used, `used` bool `[layers, t, k]`."""
+        self._tally.mismatched_ids.add_((~used & self._mask).sum())
+        self._tally.followed[self._columns].add_((all_of_row(used) & self._recorded).sum(-1))
+
+    def _compare(self, own: torch.Tensor) -> None:
+        """Count where the own choice, int64 `[layers, t, k]`, is another than the record."""
+        ids, tally = self._ids, self._tally
+        differs = ~all_of_row(contained(ids, own)) & self._recorded
+        tally.disagree[self._columns].add_(differs.sum(-1))
+        recorded = self._mask.long().expand(ids.shape[1:]).reshape(1, -1).expand(len(ids), -1)
+        tally.loads[self._columns].scatter_add_(1, ids.flatten(1), recorded)
+        tally.repeated.add_((repeats(ids) & self._recorded).sum())
+        sizes = [len(block.of.record.recorded) for block in self._blocks]
+        parts = zip(self._blocks, differs.any(0).split(sizes), differs.split(sizes, 1), strict=True)
+        columns = range(self._columns.start, self._columns.stop)
+        for block, anywhere, by_layer in parts:
+            flags = dict(zip(columns, by_layer.unbind(0), strict=True)) if block.of.routing.trace else {}
+            tally.note_differences(block.of.index, anywhere, flags)
+
+    def _audit_pairs(self) -> AuditPairs | None:
+        """Return the pairs of all microbatches, which an audit of one of them is an audit of."""
+        sizes = [len(block.of.record.recorded) for block in self._blocks]
+        begins = [0, *accumulate(sizes)]
+        rows = [(block.of.audit, begin) for block, begin in zip(self._blocks, begins, strict=False)]
+        audited = [one.moved(begin) for one, begin in rows if one is not None]
+        return AuditPairs.of(AuditRows.join(audited), self._ids.device) if audited else None
+
+    def _overlap(self, own: torch.Tensor, audit: AuditPairs) -> None:
         """Compare the own choice of the audited rows t with the record of rows t-1, t and t+1 of the same sequence."""
-        tally = self._tally
-        tally.overlap_pairs[columns] += audit.pairs
+        tally, ids = self._tally, self._ids
+        tally.overlap_pairs[self._columns] += audit.pairs
         tally.window_pairs += len(own) * audit.window_pairs
         hits = contained(ids.index_select(1, audit.record), own.index_select(1, audit.own)).sum(-1, dtype=torch.float64)
-        tally.overlap[columns].view(len(own), -1).add_(hits @ audit.classes)
+        tally.overlap[self._columns].view(len(own), -1).add_(hits @ audit.classes)
         tally.windows.index_add_(0, audit.window, hits[:, audit.lag0].sum(0))
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def repeats(ids: torch.Tensor) -> torch.Tensor:
     """Tell which rows of `ids` `[..., k]` name an expert twice; bool `[...]`."""
     equal = ids.unsqueeze(-1) == ids.unsqueeze(-2)
     # One dimension after the other: on a CPU twice as fast as both at once.
-    return equal.bitwise_and_(_earlier(ids.shape[-1], ids.device)).any(-1).any(-1)
+    return any_of_row(any_of_row(equal.bitwise_and_(_earlier(ids.shape[-1], ids.device))))
 
 
 @lru_cache
@@ -138,4 +225,21 @@ def _earlier(k: int, device: torch.device) -> torch.Tensor:
 
 def contained(ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     """Tell for each of `ids` `[..., k]` whether the same row of `among` `[..., k]` has it; bool `[..., k]`."""
-    return (ids.unsqueeze(-1) == among.unsqueeze(-2)).any(-1)
+    return any_of_row(ids.unsqueeze(-1) == among.unsqueeze(-2))
+
+
+def any_of_row(flags: torch.Tensor) -> torch.Tensor:
+    """Return `flags.any(-1)` of contiguous flags, of few by one comparison: a GPU's reductions are made for many."""
+    words = _as_words(flags)
+    return flags.any(-1) if words is None else words != 0
+
+
+def all_of_row(flags: torch.Tensor) -> torch.Tensor:
+    """Return `flags.all(-1)` of contiguous flags, in the same way."""
+    words = _as_words(flags)
+    return flags.all(-1) if words is None else words == (2 ** (8 * flags.shape[-1]) - 1) // 255
+
+
+def _as_words(flags: torch.Tensor) -> torch.Tensor | None:
+    dtype = _WORDS.get(flags.shape[-1])
+    return None if dtype is None else flags.view(dtype).squeeze(-1)

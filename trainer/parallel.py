@@ -119,8 +119,8 @@ def device() -> torch.device:
 
 def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
     """Return a copy of a host array on a device; on a GPU the copy is queued, so that the host does not wait for it."""
-    if where.type != "cuda":
-        return torch.from_numpy(np.array(array))
+    if where.type != "cuda" or not array.size:
+        return torch.from_numpy(np.array(array)).to(where)
     # Copied once, into pinned memory; `from_numpy(...).pin_memory()` takes no read-only array without a copy before.
     staged = torch.empty_like(torch.from_numpy(np.empty(array.shape, array.dtype)), pin_memory=True)
     np.copyto(staged.numpy(), array)

@@ -27,9 +27,9 @@ from r3.trainer.megatron import finalize_model_grads, get_forward_backward_func,
 from r3.trainer.packing import Packing
 from r3.trainer.parallel import device, place, upload
 from r3.trainer.replay import ReplayContext
-from r3.trainer.routed import AuditPairs, MicrobatchRouting
+from r3.trainer.routed import MicrobatchRouting
 from r3.trainer.rows import RowClasses
-from r3.trainer.sampling import audit_rows
+from r3.trainer.sampling import AuditRows, audit_rows
 from r3.trainer.tally import Tally
 from r3.trainer.trace import Trace
 from r3.trainer.use import RoutingUse as RoutingUse
@@ -305,21 +305,20 @@ def _routing(
     def tensor(array: NDArray[Any]) -> torch.Tensor:
         return upload(array, where)
 
-    def audit() -> AuditPairs:
-        rows = audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
-        return AuditPairs.of(rows, where)
+    def audit() -> AuditRows:
+        return audit_rows(microbatch.recorded, microbatch.order, microbatch.windows, microbatch.sampled)
 
     needed = use is not None and (use.force or use.compare or use.keep)
     audits = use is not None and use.audit
     recorded = microbatch.recorded
     if use is not None and use.sampled_rows:
         recorded = recorded & microbatch.sampled
-    only_replays = use is not None and use.force and not (use.compare or use.keep or use.fault is not None)
+    forces = use is not None and use.force
     return MicrobatchRouting(
         experts=tensor(microbatch.experts) if needed and microbatch.experts is not None else None,
         recorded=tensor(recorded),
         pads=tensor(microbatch.pads),
-        force=use is not None and use.force,
+        force=forces,
         audit=audit if audits else None,
         audited=int(np.count_nonzero(microbatch.windows >= 0)) if audits else 0,
         layers=None if use is None else use.layers,
@@ -327,7 +326,7 @@ def _routing(
         own=own if use is not None and use.keep else None,
         trace=use is not None and use.trace,
         compare=use is not None and use.compare,
-        unrecorded=tensor(np.flatnonzero(~recorded.T)) if only_replays else None,
+        choosing=tensor(np.flatnonzero(~(recorded | microbatch.filled).T)) if forces else None,
     )
 
 
@@ -338,7 +337,7 @@ def _with_own(microbatch: MicroBatch, ids: Mapping[int, torch.Tensor], num_exper
     b, rows = microbatch.pads.shape
     joined = torch.stack([ids[column] for column in sorted(ids)], 1).cpu().numpy().astype(expert_dtype(num_experts))
     experts = np.ascontiguousarray(joined.reshape(rows, b, *joined.shape[1:]).swapaxes(0, 1))
-    return replace(microbatch, experts=experts, recorded=~microbatch.pads)
+    return replace(microbatch, experts=experts, recorded=~microbatch.pads, filled=microbatch.pads)
 
 
 def _count(targets: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from r3.errors import ConfigError, RoutingError
-from r3.trainer.counting import MicrobatchCounts
+from r3.trainer.counting import MicrobatchCounts, PassCounts
 from r3.trainer.megatron import TopKRouter, TransformerConfig
 from r3.trainer.routed import MicrobatchRouting as MicrobatchRouting
 from r3.trainer.routed import RoutedRecord
@@ -98,20 +98,18 @@ class ReplayRouter(TopKRouter):
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """The microbatch that a model is working on; counted in its first pass and not when it is recomputed.
+    """The microbatch that a model is working on; `clock` takes replay's own seconds.
 
-    `tally` is None when recomputed; `clock` takes replay's own seconds in both cases.
+    `counts`: of its first pass, None when it is recomputed.
     """
 
     routing: MicrobatchRouting
-    tally: Tally | None
-    clock: Tally | None = None
+    clock: Tally | None
     record: RoutedRecord = field(init=False)
-    counts: MicrobatchCounts | None = field(init=False)
+    counts: MicrobatchCounts | None = None
 
     def __post_init__(self) -> None:
         self.record = RoutedRecord(self.routing)
-        self.counts = None if self.tally is None else MicrobatchCounts(self.tally, self.routing, self.record)
 
     def spent_since(self, begin: float) -> None:
         """Count the host time since `begin` (`time.perf_counter()`) as replay's own."""
@@ -121,13 +119,6 @@ class _Active:
     def ids(self, local: int) -> torch.Tensor:
         """Return the recorded ids of one layer, int64 `[s * b, k]` in the router's order."""
         return self.record.ids(local)
-
-    def finish(self, chunk: int) -> None:
-        """Count what the routers of `chunk` did."""
-        if self.counts is not None:
-            begin = time.perf_counter()
-            self.counts.finish(chunk)
-            self.spent_since(begin)
 
 
 class ReplayContext:
@@ -156,6 +147,7 @@ class ReplayContext:
         self._local = {layer: column for column, layer in enumerate(expected)}
         self._active: _Active | None = None
         self._tally: Tally | None = None
+        self._counts: PassCounts | None = None
 
     @contextmanager
     def measured(self, device: torch.device) -> Iterator[Tally]:
@@ -166,12 +158,14 @@ class ReplayContext:
         """
         self.require_empty("before the pass")
         self._tally = Tally.zero(self._spec, device)
+        self._counts = PassCounts(self._tally)
         try:
             yield self._tally
             self.require_empty("after the pass")
+            self._count()
             self._tally.require_all_visited(dict(zip(self._local, self.columns, strict=True)), self._chunks)
         finally:
-            self._active = self._tally = None
+            self._active = self._tally = self._counts = None
 
     def require_empty(self, when: str) -> None:
         """Raise `RoutingError` when a microbatch is active."""
@@ -185,12 +179,16 @@ class ReplayContext:
         """
         self.require_empty("before a microbatch")
         self._check(routing)
-        active = self._active = _Active(routing, self._tally, self._tally)
+        active = self._active = _Active(routing, self._tally)
+        if self._counts is not None:
+            active.counts = self._counts.begin(routing, active.record, chunk)
         try:
             output = call()
-            active.finish(chunk)
         finally:
             self._active = None
+        if active.counts is not None:
+            # An update has work for the device ahead of it, and needs its memory.
+            self._count(active.counts, wait=not output.requires_grad)
         if output.requires_grad:
             output.register_hook(partial(self._enter_backward, routing))
         return output
@@ -208,8 +206,18 @@ class ReplayContext:
 
     def _enter_backward(self, routing: MicrobatchRouting, gradient: torch.Tensor) -> None:
         self.require_empty("before a backward pass")
-        self._active = _Active(routing, None, self._tally)
+        self._active = _Active(routing, self._tally)
         torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def _count(self, microbatch: MicrobatchCounts | None = None, *, wait: bool = False) -> None:
+        """Finish a microbatch and count all that is kept, unless told to wait, in replay's own time."""
+        assert self._tally is not None and self._counts is not None
+        begin = time.perf_counter()
+        if microbatch is not None:
+            microbatch.finish()
+        if not wait:
+            self._counts.count()
+        self._tally.spent_since(begin)
 
     def _leave_backward(self) -> None:
         self._active = None
@@ -247,8 +255,8 @@ class _Visit:
         choose = partial(default_compute_topk, topk=topk, num_groups=num_groups, group_topk=group_topk)
         routing = self._active.routing
         force, fault = routing.forces(self._layer), routing.fault
-        if force and routing.unrecorded is not None:
-            return self._replayed(scores, topk, choose, routing.unrecorded)
+        if force and not routing.watched:
+            return self._replayed(scores, topk, choose)
         # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
         values, own = choose(scores.detach() if force and scores.requires_grad else scores)
         if fault is not None and fault.noise:
@@ -258,7 +266,8 @@ class _Visit:
         begin = time.perf_counter()
         self._own, self._ids = own, self._recorded(own.shape)
         if force:
-            own = torch.where(self._active.record.mask, self._ids, own)
+            rows = self._active.record.choosing
+            own = self._ids.index_copy(0, rows, own.index_select(0, rows)) if len(rows) else self._ids
             values = scores.gather(1, own)
         if fault is not None and fault.uniform_gates:
             # Equal before the softmax over the chosen as well as behind one over all.
@@ -266,18 +275,17 @@ class _Visit:
         self._active.spent_since(begin)
         return values, own
 
-    def _replayed(
-        self, scores: torch.Tensor, topk: int, choose: TopK, unrecorded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same where nobody looks at the own choice: it is made of the rows `unrecorded` alone."""
+    def _replayed(self, scores: torch.Tensor, topk: int, choose: TopK) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the same where nobody looks at the own choice of a forced row: the others alone make one."""
         begin = time.perf_counter()
-        own = self._ids = self._recorded(torch.Size((len(scores), topk)))
-        if len(unrecorded):
-            _, chosen = choose(scores.detach().index_select(0, unrecorded))
-            own = own.index_copy(0, unrecorded, chosen)
-        self._own = own
+        used = self._ids = self._recorded(torch.Size((len(scores), topk)))
+        rows = self._active.record.choosing
+        if len(rows):
+            _, chosen = choose(scores.detach().index_select(0, rows))
+            used = used.index_copy(0, rows, chosen)
+        self._own = used
         self._active.spent_since(begin)
-        return scores.gather(1, own), own
+        return scores.gather(1, used), used
 
     def _recorded(self, shape: torch.Size) -> torch.Tensor:
         """Return the recorded ids of this layer, of the router's `shape` `[tokens, k]`."""

@@ -39,7 +39,7 @@ class AuditPairs:
 
     @classmethod
     def of(cls, rows: AuditRows, where: torch.device) -> AuditPairs:
-        """Upload the rows of one microbatch."""
+        """Upload the rows of an audit."""
         sizes = [len(part) for part in rows.own]
         begins, zero = [0, *accumulate(sizes)], LAGS.index(0)
         kinds = np.repeat(np.arange(0, 2 * len(LAGS), 2), sizes) + np.concatenate(rows.sampled)
@@ -67,22 +67,27 @@ class MicrobatchRouting:
     model's own choice. `pads` bool `[b, s]`. The rows of `audit`, made when they are first asked for and `audited` in
     number, are also compared with the record shifted by one row in both directions. `layers`, `fault` and `compare` are
     those of `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b, k]` by local MoE layer.
-    `trace` keeps which rows differ in which layer. `unrecorded` int64 `[n]`: the rows without a record in the routers'
-    order, None where the own choice of every row is looked at.
+    `trace` keeps which rows differ in which layer. `choosing` int64 `[n]`: the rows, in the routers' order, that choose
+    for themselves where the others are forced; None, for which the host must wait, stands for those without a record.
     """
 
     experts: torch.Tensor | None
     recorded: torch.Tensor
     pads: torch.Tensor
     force: bool
-    audit: Callable[[], AuditPairs] | None = None
+    audit: Callable[[], AuditRows] | None = None
     audited: int = 0
     layers: tuple[int, ...] | None = None
     fault: RouterFault | None = None
     own: dict[int, torch.Tensor] | None = None
     trace: bool = False
     compare: bool = True
-    unrecorded: torch.Tensor | None = None
+    choosing: torch.Tensor | None = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody looks at what the model would choose for a row that is forced."""
+        return self.compare or self.own is not None or self.fault is not None
 
     def forces(self, layer: int) -> bool:
         """Tell whether the record is forced in MoE layer `layer` (global index)."""
@@ -99,6 +104,7 @@ class RoutedRecord:
         self._routing = routing
         self._recorded: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
+        self._choosing: torch.Tensor | None = None
         self._wide: torch.Tensor | None = None
         self._by_layer: tuple[torch.Tensor, ...] = ()
 
@@ -116,10 +122,18 @@ class RoutedRecord:
             self._mask = self.recorded[:, None]
         return self._mask
 
+    @property
+    def choosing(self) -> torch.Tensor:
+        """The rows that choose for themselves under a forced record, int64 `[n]`."""
+        if self._choosing is None:
+            given = self._routing.choosing
+            self._choosing = (~self.recorded).nonzero().flatten() if given is None else given
+        return self._choosing
+
     def ids(self, local: int) -> torch.Tensor:
         """Return the ids of one layer, int64 `[s * b, k]`; `local` counts the MoE layers of this rank."""
-        experts = self._experts
         if not self._by_layer:
+            experts = self._experts
             if 8 * experts.numel() > WIDE_BYTES:
                 return _widened(experts[:, :, local : local + 1])[0]
             self._wide = _widened(experts)

@@ -6,7 +6,8 @@ every rank finds the rows of its own part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,6 +59,20 @@ class AuditRows:
     record: tuple[Ints, ...]
     sampled: tuple[Bools, ...]
     window: Ints
+
+    @classmethod
+    def join(cls, parts: Sequence[AuditRows]) -> AuditRows:
+        """Return the pairs of all `parts`, whose rows lie behind each other (`moved`)."""
+        own, record, sampled = (
+            tuple(np.concatenate(of_lag) for of_lag in zip(*lists, strict=True))
+            for lists in ([p.own for p in parts], [p.record for p in parts], [p.sampled for p in parts])
+        )
+        return cls(own, record, sampled, np.concatenate([part.window for part in parts]))
+
+    def moved(self, begin: int) -> AuditRows:
+        """Return the same pairs among rows of which the first is `begin`."""
+        own, record = (tuple(rows + begin for rows in of_lag) for of_lag in (self.own, self.record))
+        return replace(self, own=own, record=record)
 
 
 def audit_rows(recorded: Bools, order: Ints, windows: Ints, sampled: Bools) -> AuditRows:

@@ -28,8 +28,8 @@ class Tally:
     and `windows` `[AUDIT_WINDOWS]`: ids shared by the audited pairs, in float64; `repeated`: recorded rows of a layer
     that name an expert twice, counted where `loads` are; `overlap_pairs`, `window_pairs`: the number of pairs, which
     the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
-    `differs`: for each microbatch that was compared, which rows differ in any of this rank's layers; `runs`:
-    microbatches per model chunk; `flags`: for each microbatch and column, where asked for, which rows differ there;
+    for each microbatch that was compared, in the routers' order, `recorded`: which rows have a record, and `differs`:
+    which of them differ in any of this rank's layers, absent where it has none; `runs`: microbatches per model chunk; `flags`: for each microbatch and column, where asked for, which rows differ there;
     `seconds`: host time spent in replay.
     """
 
@@ -39,12 +39,12 @@ class Tally:
     loads: torch.Tensor
     overlap: torch.Tensor
     windows: torch.Tensor
-    compared: torch.Tensor
     mismatched_ids: torch.Tensor
     repeated: torch.Tensor
     overlap_pairs: NDArray[np.int64]
     window_pairs: NDArray[np.int64]
     visits: dict[int, int] = field(default_factory=dict)
+    recorded: dict[int, torch.Tensor] = field(default_factory=dict)
     differs: dict[int, torch.Tensor] = field(default_factory=dict)
     runs: dict[int, int] = field(default_factory=dict)
     routed: set[int] = field(default_factory=set)
@@ -66,7 +66,6 @@ class Tally:
             loads=count(layers, spec.num_experts),
             overlap=count(layers, 3, 2).double(),
             windows=count(AUDIT_WINDOWS).double(),
-            compared=count(),
             mismatched_ids=count(),
             repeated=count(),
             overlap_pairs=np.zeros((layers, 3, 2), np.int64),
@@ -77,27 +76,26 @@ class Tally:
         """Count the host time since `begin` (`time.perf_counter()`) as replay's own."""
         self.seconds += time.perf_counter() - begin
 
-    def finish_microbatch(self, chunk: int, routed: bool) -> int:
-        """Note that `chunk` ran its next microbatch, with a record if `routed`; return which one it was."""
+    @property
+    def compared(self) -> torch.Tensor:
+        """How many rows were compared, int64 scalar."""
+        return torch.cat([*self.recorded.values(), torch.zeros_like(self.repeated[None], dtype=torch.bool)]).sum()
+
+    def finish_microbatch(self, chunk: int, routed: bool) -> None:
+        """Note that `chunk` ran its next microbatch, with a record if `routed`."""
         index = self.runs.get(chunk, 0)
         self.runs[chunk] = index + 1
         if routed:
             self.routed.add(index)
-        return index
 
-    def note_differences(
-        self, index: int, differs: torch.Tensor, recorded: torch.Tensor, flags: Mapping[int, torch.Tensor]
-    ) -> None:
-        """Note which rows of microbatch `index` (router order) differ in a chunk of the model.
+    def note_differences(self, index: int, differs: torch.Tensor, flags: Mapping[int, torch.Tensor]) -> None:
+        """Note which rows of microbatch `index` (router order) differ in some layers.
 
         `flags`: the same by layer (column), empty where nobody asks for it.
         """
         self.flags.setdefault(index, {}).update(flags)
-        if index not in self.differs:
-            self.differs[index] = differs
-            self.compared += recorded.sum()
-        else:
-            self.differs[index] = self.differs[index] | differs
+        before = self.differs.get(index)
+        self.differs[index] = differs if before is None else before | differs
 
     def require_all_visited(self, columns: Mapping[int, int], chunks: int) -> None:
         """Raise `RoutingError` unless every layer (`columns`: layer -> column) was routed once per microbatch."""
@@ -120,13 +118,12 @@ class Tally:
         `RoutingError` on a rank whose records name an expert twice in a row.
         """
         where = parallel.place()
-        flags = [self.differs[index] for index in sorted(self.differs)]
-        anywhere = parallel.any_over_stages(torch.cat(flags)).sum() if flags else torch.zeros_like(self.compared)
+        anywhere, compared = self._differing(), self.compared
         if where.stage != where.stages - 1:
             # Every stage compares the same rows.
-            anywhere, self.compared = torch.zeros_like(anywhere), torch.zeros_like(self.compared)
+            anywhere, compared = torch.zeros_like(anywhere), torch.zeros_like(compared)
         pairs = np.concatenate([self.overlap_pairs.reshape(-1), self.window_pairs]).astype(np.float64)
-        scalars = torch.stack([anywhere, self.compared, self.mismatched_ids, self.repeated])
+        scalars = torch.stack([anywhere, compared, self.mismatched_ids, self.repeated])
         found = (self.disagree, self.followed, self.loads, scalars, self.overlap, self.windows)
         parts = [tensor.reshape(-1).double() for tensor in found]
         local = torch.cat([*parts, parallel.upload(pairs, self.disagree.device)])
@@ -158,6 +155,11 @@ class Tally:
             missing=rows.missing,
             pads=rows.pads,
         )
+
+    def _differing(self) -> torch.Tensor:
+        """Return how many rows differ in any layer of any stage, int64 scalar. Collective over the stages."""
+        rows = [self.differs.get(index, torch.zeros_like(self.recorded[index])) for index in sorted(self.recorded)]
+        return parallel.any_over_stages(torch.cat(rows)).sum() if rows else torch.zeros_like(self.repeated)
 
 
 def counts_over_ranks(counts: RouterCounts) -> RouterCounts:

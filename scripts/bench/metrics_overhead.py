@@ -35,7 +35,7 @@ from r3.builtin import resolve_model
 from r3.config import MetricsConfig, ModelConfig
 from r3.run import RunDirectory
 from r3.trainer import worker as worker_module
-from r3.trainer.counting import MicrobatchCounts
+from r3.trainer.counting import PassCounts
 from r3.trainer.replay import _Visit
 from r3.trainer.tally import Tally
 from r3.trainer.trace import TokenObserver, Trace
@@ -72,7 +72,7 @@ def instrument(watch: Stopwatch) -> None:
     """Time every function that only measures."""
     for owner, name, part in (
         (_Visit, "account", "routers"),
-        (MicrobatchCounts, "finish", "routers"),
+        (PassCounts, "count", "routers"),
         (Tally, "counts", "reduce"),
         (worker_module, "counts_over_ranks", "reduce"),
         (metrics, "mismatch", "mismatch"),

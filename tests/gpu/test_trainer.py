@@ -13,7 +13,7 @@ import torch
 
 from r3.trainer.architecture import Architecture
 from r3.trainer.batching import StepBatch, microbatch, plan_step
-from r3.trainer.counting import MicrobatchCounts
+from r3.trainer.counting import MicrobatchCounts, PassCounts
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.rehearsal import rehearse
@@ -89,7 +89,8 @@ def no_waiting() -> Iterator[None]:
 
 def test_replay_never_waits_for_the_device(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # PyTorch raises where a call would synchronise; the rest of Megatron's MoE layer may.
-    for owner, name in ((_Visit, "get_replay_topk"), (_Visit, "account"), (MicrobatchCounts, "finish")):
+    watched_calls = ((_Visit, "get_replay_topk"), (_Visit, "account"), (MicrobatchCounts, "finish"), (PassCounts, "count"))
+    for owner, name in watched_calls:
         method = getattr(owner, name)
 
         def watched(self: Any, *args: Any, method: Any = method, **kwargs: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from r3.audit import LAGS
 from r3.errors import ConfigError
 from r3.metrics import AUDIT_WINDOWS
 from r3.trainer import counting, replay, routed
-from r3.trainer.counting import MicrobatchCounts
+from r3.trainer.counting import PassCounts
 from r3.trainer.replay import MicrobatchRouting, router_order
-from r3.trainer.routed import AuditPairs, RoutedRecord
+from r3.trainer.routed import RoutedRecord
 from r3.trainer.sampling import AuditRows, audit_rows
 from r3.trainer.tally import Tally
 from r3.trainer.use import RoutingUse
@@ -112,16 +111,25 @@ def routing_of(case: Case, **changes: Any) -> MicrobatchRouting:
 
 
 def counted(
-    tally: Tally, case: Case, routing: MicrobatchRouting, forced: Sequence[int], chunks: Sequence[range]
+    tally: Tally,
+    cases: Sequence[tuple[Case, MicrobatchRouting]],
+    forced: Sequence[int],
+    chunks: Sequence[Sequence[int]] = (range(LAYERS),),
 ) -> None:
-    """Let the routers of every chunk of the model report, then finish it."""
+    """Let the routers of every chunk of the model report each microbatch, then count."""
+    kept = PassCounts(tally)
     for chunk, layers in enumerate(chunks):
-        record = RoutedRecord(routing)
-        counts = MicrobatchCounts(tally, routing, record)
-        for layer in layers:
-            used = case.maps[layer] if layer in forced else None
-            counts.add(layer, FIRST + layer, case.own[layer], used)
-        counts.finish(chunk)
+        for case, routing in cases:
+            counts = kept.begin(routing, RoutedRecord(routing), chunk)
+            for layer in layers:
+                used = case.maps[layer] if layer in forced else None
+                counts.add(layer, FIRST + layer, case.own[layer], used)
+            counts.finish()
+    kept.count()
+
+
+def audit_of(case: Case) -> dict[str, Any]:
+    return {"audit": lambda: case.rows, "audited": len(case.rows.window)}
 
 
 ROOMS = {"all layers at once": None, "two at once": 2, "each alone": 0}
@@ -133,14 +141,13 @@ ROOMS = {"all layers at once": None, "two at once": 2, "each alone": 0}
 def test_layers_counted_at_once_are_those_counted_alone(
     monkeypatch: pytest.MonkeyPatch, room: int | None, forced: Sequence[int], chunks: Sequence[range]
 ) -> None:
-    tally, cases = Tally.zero(MODEL, CPU), [make_case(0, (3, 10)), make_case(1, (1, 30))]
-    for case in cases:
-        if room is not None:
-            per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + 3 * len(case.rows.window) * K * (16 + K)
-            monkeypatch.setattr(counting, "ROOM_BYTES", room * per_layer)
-            monkeypatch.setattr(routed, "WIDE_BYTES", 0)
-        audit = partial(AuditPairs.of, case.rows, CPU)
-        counted(tally, case, routing_of(case, audit=audit, audited=len(case.rows.window), trace=True), forced, chunks)
+    tally, cases = Tally.zero(MODEL, CPU), [make_case(0, (3, 10)), make_case(1, (1, 30)), make_case(2, (2, 9))]
+    if room is not None:
+        audited = max(len(case.rows.window) for case in cases)
+        per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + 3 * audited * K * (16 + K)
+        monkeypatch.setattr(counting, "ROOM_BYTES", room * per_layer)
+        monkeypatch.setattr(routed, "WIDE_BYTES", 0)
+    counted(tally, [(case, routing_of(case, **audit_of(case), trace=True)) for case in cases], forced, chunks)
     expected = [slow_counts(tally, case, forced) for case in cases]
     for name in (*COUNTERS, "overlap_pairs", "window_pairs"):
         total = sum(one[name] for one in expected)
@@ -151,7 +158,7 @@ def test_layers_counted_at_once_are_those_counted_alone(
         assert sorted(tally.flags[index]) == list(range(FIRST, FIRST + LAYERS))
         for layer in range(LAYERS):
             np.testing.assert_array_equal(tally.flags[index][FIRST + layer].numpy(), one["differs"][layer])
-    assert tally.visits == dict.fromkeys(range(FIRST, FIRST + LAYERS), 2)
+    assert tally.visits == dict.fromkeys(range(FIRST, FIRST + LAYERS), len(cases))
     tally.require_all_visited({layer: FIRST + layer for layer in range(LAYERS)}, len(chunks))
 
 
@@ -159,7 +166,7 @@ def test_layers_counted_at_once_are_those_counted_alone(
 def test_recorded_rows_that_repeat_an_expert_are_counted(forced: Sequence[int]) -> None:
     case, rng = make_case(0, (4, 17)), np.random.default_rng(1)
     clean = Tally.zero(MODEL, CPU)
-    counted(clean, case, routing_of(case), forced, [range(LAYERS)])
+    counted(clean, [(case, routing_of(case))], forced)
     assert not clean.repeated
     experts, expected = case.experts.copy(), 0
     for b, s, layer in np.argwhere(rng.random(experts.shape[:-1]) < 0.2):
@@ -167,14 +174,14 @@ def test_recorded_rows_that_repeat_an_expert_are_counted(forced: Sequence[int]) 
         experts[b, s, layer, first] = experts[b, s, layer, second]
         expected += bool(case.recorded[b, s])
     tally = Tally.zero(MODEL, CPU)
-    counted(tally, replace(case, experts=experts), routing_of(replace(case, experts=experts)), forced, [range(LAYERS)])
+    counted(tally, [(case, routing_of(replace(case, experts=experts)))], forced)
     assert int(tally.repeated) == expected > 0
 
 
 def test_without_comparing_only_what_was_used_is_counted() -> None:
     case = make_case(0, (4, 17))
     tally = Tally.zero(MODEL, CPU)
-    counted(tally, case, routing_of(case, compare=False), range(LAYERS), [range(LAYERS)])
+    counted(tally, [(case, routing_of(case, compare=False))], range(LAYERS))
     expected = slow_counts(tally, case, range(LAYERS))
     for name in ("followed", "mismatched_ids"):
         np.testing.assert_array_equal(getattr(tally, name).numpy(), expected[name])
@@ -189,7 +196,7 @@ def test_layers_that_do_not_follow_each_other_are_counted_apart() -> None:
     """As where one router takes no part, which the end of the pass finds."""
     case = make_case(0, (4, 17))
     tally = Tally.zero(MODEL, CPU)
-    counted(tally, case, routing_of(case), range(LAYERS), [(0, 1, 3, 4)])  # type: ignore[list-item]
+    counted(tally, [(case, routing_of(case))], range(LAYERS), [(0, 1, 3, 4)])
     expected = slow_counts(tally, case, range(LAYERS))["disagree"]
     expected[[FIRST + 2, FIRST + 5]] = 0
     np.testing.assert_array_equal(tally.disagree.numpy(), expected)
@@ -243,6 +250,14 @@ def test_comparing_changes_neither_gradient_nor_what_was_used(model_dir: Path) -
     assert (plain.compared, plain.disagree_any, int(plain.disagree.sum())) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("k", range(1, 10))
+def test_flags_of_a_row_are_joined_whatever_their_number(k: int) -> None:
+    flags = torch.rand(64, k, generator=torch.Generator().manual_seed(k)) < 0.5
+    flags[0], flags[1] = True, False
+    assert torch.equal(counting.any_of_row(flags), flags.any(-1))
+    assert torch.equal(counting.all_of_row(flags), flags.all(-1))
+
+
 def test_an_audit_or_a_trace_compares() -> None:
     for asked in ("audit", "trace"):
         with pytest.raises(ConfigError, match="leave compare=True"):
@@ -252,7 +267,10 @@ def test_an_audit_or_a_trace_compares() -> None:
 class Operations(TorchDispatchMode):
     """Names of the operations that did more than take a view."""
 
-    VIEWS = ("detach", "select", "unsqueeze", "slice", "view", "unbind", "permute", "transpose", "_unsafe_view")
+    VIEWS = (
+        "detach", "select", "unsqueeze", "squeeze", "slice", "view", "unbind", "permute", "transpose", "_unsafe_view",
+        "expand", "split_with_sizes",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,16 +286,20 @@ class Operations(TorchDispatchMode):
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("compare", [True, False])
+@pytest.mark.parametrize("gap", [False, True])
 def test_a_forced_router_call_is_a_few_operations(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, compare: bool
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, compare: bool, gap: bool
 ) -> None:
-    """Beside Megatron's own top-k, which a pass that compares nothing makes of the rows without a record; the record is
-    widened once, and what is counted for all layers does not grow.
+    """Beside Megatron's own top-k, which a pass that compares nothing makes of the rows that choose for themselves; the
+    record is widened once, and what is counted for all layers does not grow.
     """
     policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
     step, microbatches = prepare(policy, make_batch(policy.arch.spec), 12)
-    seen: dict[str, list[list[str]]] = {"get_replay_topk": [], "account": [], "finish": []}
-    for owner, name in ((replay._Visit, "get_replay_topk"), (replay._Visit, "account"), (MicrobatchCounts, "finish")):
+    if gap:
+        recorded = microbatches[0].recorded & (np.arange(microbatches[0].recorded.shape[1]) != 2)
+        microbatches = [replace(microbatches[0], recorded=recorded)]
+    seen: dict[str, list[list[str]]] = {"get_replay_topk": [], "account": [], "count": []}
+    for owner, name in ((replay._Visit, "get_replay_topk"), (replay._Visit, "account"), (PassCounts, "count")):
         method = getattr(owner, name)
 
         def watched(self: Any, *args: Any, method: Any = method, name: str = name) -> Any:
@@ -291,15 +313,16 @@ def test_a_forced_router_call_is_a_few_operations(
     policy.accumulate(microbatches, step, old, None, RoutingUse(force=True, compare=compare))
     first, *others = seen["get_replay_topk"]
     # The rows that have a record are cloned where their layout is not the routers' order.
-    forced = ["gather", "topk", "where"] if compare else ["gather", "index_copy", "index_select", "topk"]
+    forced = ["gather", *(["index_copy", "index_select"] if gap else []), *(["topk"] if compare or gap else [])]
     assert sorted({*first} - {"clone"}) == ["_to_copy", *forced]
     assert [sorted(one) for one in others[:3]] == [forced] * 3
     # Recomputation takes part in nothing but the forcing.
     assert len(others) == (3 if recompute == "none" else 7)
     assert sum(map(len, others[3:])) <= 4 * len(forced) + 2
     assert not any(seen["account"])
-    (finish,) = seen["finish"]
-    assert len(finish) <= (33 if compare else 11)
+    # An update counts each microbatch, and has nothing left to count behind the last.
+    count, rest = seen["count"]
+    assert len(count) <= (33 if compare else 13) and not rest
     if compare:
         policy.logprobs(microbatches, step, RoutingUse(force=True, audit=True))
-        assert sum(map(len, [*seen["account"], seen["finish"][-1]])) <= len(finish) + 14
+        assert sum(map(len, [*seen["account"], seen["count"][-1]])) <= len(count) + 14

@@ -15,7 +15,7 @@ import torch
 from r3.config import Config
 from r3.errors import ConfigError, RoutingError
 from r3.trainer import replay
-from r3.trainer.batching import MicroBatch, StepBatch
+from r3.trainer.batching import MicroBatch, StepBatch, microbatch
 from r3.trainer.megatron import TopKRouter
 from r3.trainer.model import Architecture, build_model, transformer_config
 from r3.trainer.outcome import worst_difference
@@ -35,6 +35,11 @@ def make_policy(directory: Path, config: Config | None = None) -> Policy:
 def routing_of(microbatch: MicroBatch) -> MicrobatchRouting:
     arrays = (microbatch.experts, microbatch.recorded, microbatch.pads)
     return MicrobatchRouting(*(torch.from_numpy(array) for array in arrays), force=True)
+
+
+def without_row(microbatch: MicroBatch, row: int) -> MicroBatch:
+    """The microbatch without the record of one row of every sequence."""
+    return replace(microbatch, recorded=microbatch.recorded & (np.arange(microbatch.recorded.shape[1]) != row))
 
 
 def own_record(policy: Policy, step: StepBatch, microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -87,6 +92,27 @@ def test_recompute_walks_through_the_same_record(model_dir: Path) -> None:
     assert_same(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_depends_on_the_ids_of_filled_rows(model_dir: Path, packed: bool) -> None:
+    policy = make_policy(model_dir, make_config(trainer={"packed": packed}))
+    step, whole = prepare(policy, make_batch(policy.arch.spec), 12)
+    one = microbatch(step, range(12), policy.arch.spec, policy.form) if packed else whole[0]
+    assert one.experts is not None and one.filled.sum() >= 12 and not (one.filled & one.recorded).any()
+    found = []
+    for shift in (0, 3):
+        other = (one.experts + shift * one.filled[..., None, None]) % policy.arch.spec.num_experts
+        changed = replace(one, experts=other.astype(np.uint8))
+        logprobs = policy.logprobs([changed], step, FORCED).logprobs
+        sums, counts, _ = policy.accumulate([changed], step, step.rollout_logprobs.astype(np.float64), None, FORCED)
+        found.append((logprobs, sums, gradients(policy), counts.replayed, counts.mismatched_ids))
+    (before, sums, plain, *counts), (after, other_sums, changed_gradients, *other_counts) = found
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    assert asdict(other_sums) == pytest.approx(asdict(sums), rel=1e-6)
+    worst, name = worst_difference(*({n: g.numpy() for n, g in side.items()} for side in (changed_gradients, plain)))
+    assert worst <= 1e-5, name
+    assert counts == other_counts == [one.recorded.sum(), 0]
+
+
 def test_a_lost_record_in_backward_would_show_in_the_gradient(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: without the second activation the gradient is another one, the loss is not."""
     policy = make_policy(model_dir, make_config(trainer={"recompute": "full"}))
@@ -101,7 +127,8 @@ def test_a_lost_record_in_backward_would_show_in_the_gradient(model_dir: Path, m
 
 def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
     policy = make_policy(model_dir)
-    step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
+    step, whole = prepare(policy, make_batch(policy.arch.spec), 5)
+    microbatches = [without_row(one, 2) for one in whole]
     seen: list[tuple[TopKRouter, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def note(router: TopKRouter, inputs: Any, outputs: Any) -> None:
@@ -114,15 +141,15 @@ def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
     policy.logprobs(microbatches, step, FORCED)
     calls = iter(seen)
     for microbatch in microbatches:
-        recorded = router_order(torch.from_numpy(microbatch.recorded))
-        assert 0 < recorded.sum() < len(recorded)
+        given = router_order(torch.from_numpy(microbatch.recorded | microbatch.filled))
+        assert 0 < given.sum() < len(given)
         for layer in range(4):
             router, hidden, probs, routing_map = next(calls)
             assert router.layer_number == layer + 1
             ids = router_order(torch.from_numpy(microbatch.experts[:, :, layer])).long()
             logits = (hidden @ router.weight.T).reshape(len(ids), -1)
             own = logits.topk(4, 1).indices
-            expected = torch.where(recorded[:, None], ids, own)
+            expected = torch.where(given[:, None], ids, own)
             assert torch.equal(routing_map, torch.zeros_like(routing_map).scatter(1, expected, True))
             weights = logits.gather(1, expected).softmax(1)
             torch.testing.assert_close(probs, torch.zeros_like(probs).scatter(1, expected, weights))
@@ -283,7 +310,7 @@ def fail_in_backward(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail_when_recomputed(context: ReplayContext, layer: int) -> Any:
         found = visit(context, layer)
-        return failing() if found is not None and found._active.tally is None and layer == 1 else found
+        return failing() if found is not None and found._active.counts is None and layer == 1 else found
 
     monkeypatch.setattr(ReplayContext, "visit", fail_when_recomputed)
 
@@ -309,13 +336,15 @@ def test_nothing_is_left_after_an_exception(
 def test_the_own_time_covers_every_part_of_replay(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, intervals: int
 ) -> None:
-    """The record's way to the device, force and account of 4 layers, the count; force again where it is recomputed."""
+    """The record's way to the device, force and account of 4 layers, the count; force again where it is recomputed; and
+    what is left to count behind the pass.
+    """
     policy = make_policy(model_dir, make_config(trainer={"recompute": recompute}))
     step, microbatches = prepare(policy, make_batch(policy.arch.spec), 5)
     ticks = itertools.count()
     monkeypatch.setattr(replay.time, "perf_counter", lambda: float(next(ticks)))
     _, _, seconds = policy.accumulate(microbatches, step, step.rollout_logprobs.astype(np.float64), None, FORCED)
-    assert seconds == intervals * len(microbatches)
+    assert seconds == intervals * len(microbatches) + 1
 
 
 def test_nothing_is_left_after_ordinary_passes(model_dir: Path) -> None:

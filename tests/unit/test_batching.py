@@ -107,7 +107,7 @@ def by_hand(step: StepBatch, samples: Sequence[int], form: Form) -> dict[str, np
     """Lay samples out token by token."""
     sizes = [len(step.trajectories[i].tokens) for i in samples]
     shape = (1, max(sum(sizes), 1)) if form.packed else (max(len(sizes), 1), max([*sizes, 1]))
-    made = {name: np.zeros(shape, np.int64) for name in ("tokens", "labels", "recorded", "sampled")}
+    made = {name: np.zeros(shape, np.int64) for name in ("tokens", "labels", "recorded", "sampled", "filled")}
     made |= {name: np.full(shape, -1) for name in ("targets", "windows")}
     made |= {"pads": np.ones(shape, np.int64), "experts": np.zeros((*shape, len(SPEC.moe_layers), SPEC.top_k))}
     made["positions"] = np.zeros(shape, np.int64) if form.packed else np.tile(np.arange(shape[1]), (shape[0], 1))
@@ -126,6 +126,13 @@ def by_hand(step: StepBatch, samples: Sequence[int], form: Form) -> dict[str, np
                 made["windows"][at] = step.audit.places[step.audit.offsets[i] + row]
                 made["experts"][at] = record.blocks[0].experts[row]
                 row += 1
+        before = at[0], at[1] - 1
+        if len(sample.tokens) > 1 and made["recorded"][before]:
+            made["filled"][at], made["experts"][at] = 1, made["experts"][before]
+    donors = np.argwhere(made["recorded"])
+    if len(donors):
+        for turn, pad in enumerate(map(tuple, np.argwhere(made["pads"]))):
+            made["filled"][pad], made["experts"][pad] = 1, made["experts"][tuple(donors[turn % len(donors)])]
     return made
 
 
