@@ -301,12 +301,12 @@ def check_distinct(experts: ExpertIds, layers: Sequence[int]) -> None:
 
 def check_spans(spans: Sequence[Span], rows: int, num_tokens: int) -> None:
     """Raise `RoutingError` unless spans are sorted, disjoint, add up to `rows` and end before the last token."""
-    previous = 0
-    for span in spans:
-        if not previous <= span.begin < span.end:
-            raise RoutingError(f"span {tuple(span)} is empty, unsorted or overlaps the one before it")
-        previous = span.end
-    if sum(span.end - span.begin for span in spans) != rows:
+    previous = found = 0
+    for begin, end, version in spans:
+        if not previous <= begin < end:
+            raise RoutingError(f"span {(begin, end, version)} is empty, unsorted or overlaps the one before it")
+        previous, found = end, found + end - begin
+    if found != rows:
         raise RoutingError(f"spans {[tuple(span) for span in spans]} do not add up to the {rows} recorded rows")
     if previous > max(num_tokens - 1, 0):
         raise RoutingError(

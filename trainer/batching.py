@@ -8,9 +8,10 @@ those of its context-parallel chunks, and of them for its routers those of its s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from r3.trainer.rows import Bools, Ints, RowClasses
 from r3.trainer.sampling import AuditPlan
 from r3.types import Batch, ModelSpec, Record, Trajectory
 
+# Makes an array of a shape and dtype.
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 # [mini-step][microbatch] -> samples, for one rank.
 Shares = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -229,11 +232,13 @@ def microbatch(
     spec: ModelSpec,
     form: Form | None = None,
     check: ContentCheck = check_content,
+    empty: Empty = np.empty,
 ) -> MicroBatch:
     """Lay out the given samples in `form` (default: padded, whole); check every routing record before it is cut.
 
-    `check` looks at the content of records whose form is right, `r3.trainer.records.DeferredChecks` later. No sample at
-    all gives a row of pads, which a rank runs to keep in step with the others. Raises `RoutingError`.
+    `check` looks at the content of records whose form is right, `r3.trainer.records.DeferredChecks` later; `empty`
+    makes the array of the records. No sample at all gives a row of pads, which a rank runs to keep in step with the
+    others. Raises `RoutingError`.
     """
     form = form or Form()
     sizes = [len(step.trajectories[i].tokens) for i in samples]
@@ -242,7 +247,7 @@ def microbatch(
     whole = _Whole(spec, form, shape)
     begins = _begins(lengths)[: len(sizes)] if form.packed else np.arange(len(sizes)) * shape[1]
     whole.place_tokens(step, samples, np.array(sizes, np.int64), begins)
-    placed = whole.place_records(step, samples, begins.tolist())
+    placed = whole.place_records(step, samples, begins.tolist(), empty)
     whole.require_known_ids(step, samples)
     if whole.experts is not None:
         check(placed)
@@ -312,13 +317,13 @@ class _Whole:
         self.rows += RowClasses(rows=len(tokens), missing=len(tokens) - len(chosen), pads=-len(tokens))
 
     def place_records(
-        self, step: StepBatch, samples: Sequence[int], begins: Sequence[int]
+        self, step: StepBatch, samples: Sequence[int], begins: Sequence[int], empty: Empty
     ) -> list[tuple[Trajectory, list[RoutingTrace]]]:
         """Put the records of the samples beside their tokens; return those that have one, with the blocks it took."""
         if all(record is None for record in step.records):
             return []
         shape = (*self.tokens.shape, len(self.layers), self.spec.top_k)
-        self.experts = np.zeros(shape, expert_dtype(self.spec.num_experts))
+        self.experts = empty(shape, expert_dtype(self.spec.num_experts))
         rows = self.experts.reshape(self.tokens.size, *shape[2:])
         placed, spans, windows = [], [], []
         for i, begin in zip(samples, begins, strict=True):
@@ -339,6 +344,7 @@ class _Whole:
             self.windows[self.recorded] = np.concatenate(windows)
             self.rows += RowClasses(required=found, missing=-found)
             self._fill(rows)
+        rows[np.flatnonzero(~(self.recorded | self.filled))] = 0
         return placed
 
     def _fill(self, rows: ExpertIds) -> None:

@@ -31,16 +31,17 @@ class PassCounts:
     """
 
     def __init__(self, tally: Tally) -> None:
-        self._tally = tally
+        self.tally = tally
         self._kept: dict[tuple[int, int, int, bool], list[_Block]] = {}
         self._bytes = 0
 
     def begin(self, routing: MicrobatchRouting, record: RoutedRecord, chunk: int = 0) -> MicrobatchCounts:
         """Return what takes the router calls of the next microbatch that `chunk` of the model runs."""
-        return MicrobatchCounts(self, self._tally, routing, record, chunk)
+        return MicrobatchCounts(self, routing, record, chunk)
 
-    def keep(self, block: _Block, size: int) -> None:
-        """Keep a block that takes `size` bytes to count."""
+    def keep(self, block: _Block) -> None:
+        """Keep a block, or count what was kept before where it takes too much room."""
+        size = block.layers * block.layer_bytes
         if self._bytes + size > ROOM_BYTES:
             self.count()
         self._kept.setdefault(block.key, []).append(block)
@@ -49,7 +50,7 @@ class PassCounts:
     def count(self) -> None:
         """Count all that is kept."""
         for blocks in self._kept.values():
-            _Joined(self._tally, blocks).count()
+            _Joined(self.tally, blocks).count()
         self._kept.clear()
         self._bytes = 0
 
@@ -60,13 +61,11 @@ class MicrobatchCounts:
     They are handed on in blocks of consecutive layers that are all forced or all free, as many as there is room for.
     """
 
-    def __init__(
-        self, kept: PassCounts, tally: Tally, routing: MicrobatchRouting, record: RoutedRecord, chunk: int
-    ) -> None:
+    def __init__(self, kept: PassCounts, routing: MicrobatchRouting, record: RoutedRecord, chunk: int) -> None:
         self.routing, self.record = routing, record
+        self._kept, self._tally, self._chunk = kept, kept.tally, chunk
         # Which microbatch this is.
-        self.index = tally.runs.get(chunk, 0)
-        self._kept, self._tally, self._chunk = kept, tally, chunk
+        self.index = self._tally.runs.get(chunk, 0)
         self._block: _Block | None = None
 
     def add(self, local: int, column: int, own: torch.Tensor, routing_map: torch.Tensor | None) -> None:
@@ -76,24 +75,25 @@ class MicrobatchCounts:
         `routing_map` bool `[t, experts]`: what its experts get, None where it was not forced.
         """
         self._tally.visits[column] = self._tally.visits.get(column, 0) + 1
-        block, size = self._block, self._bytes(own, routing_map)
-        if block is None or not block.goes_on(local, column, routing_map is not None) or block.bytes + size > ROOM_BYTES:
+        block, forced = self._block, routing_map is not None
+        if block is None or not block.goes_on(local, column, forced):
             self._hand_over()
-            block = self._block = _Block(self, local, column, routing_map is not None)
+            block = self._block = _Block(self, local, column, forced, self._bytes(own, routing_map))
         block.layers += 1
-        block.bytes += size
         if self.routing.compare:
             block.own.append(own)
         if routing_map is not None:
             block.maps.append(routing_map)
 
-    def finish(self) -> None:
-        """Note that this microbatch was run."""
+    def finish(self, *, count: bool = False) -> None:
+        """Note that this microbatch was run; `count` it and what else is kept, or keep it."""
         self._hand_over()
         routed = self.routing.experts is not None
         self._tally.finish_microbatch(self._chunk, routed)
         if routed and self.routing.compare:
             self._tally.recorded[self.index] = self.record.recorded
+        if count:
+            self._kept.count()
 
     @cached_property
     def audit(self) -> AuditRows | None:
@@ -102,7 +102,7 @@ class MicrobatchCounts:
 
     def _hand_over(self) -> None:
         if self._block is not None:
-            self._kept.keep(self._block, self._block.bytes)
+            self._kept.keep(self._block)
         self._block = None
 
     def _bytes(self, own: torch.Tensor, routing_map: torch.Tensor | None) -> int:
@@ -118,14 +118,17 @@ class MicrobatchCounts:
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """Consecutive layers of a microbatch, from `begin` (local) and `column` on; tensors as `add` took them, by layer."""
+    """Consecutive layers of a microbatch, from `begin` (local) and `column` on; tensors as `add` took them, by layer.
+
+    `layer_bytes`: what it takes to keep and count one of them.
+    """
 
     of: MicrobatchCounts
     begin: int
     column: int
     forced: bool
+    layer_bytes: int
     layers: int = 0
-    bytes: int = 0
     own: list[torch.Tensor] = field(default_factory=list)
     maps: list[torch.Tensor] = field(default_factory=list)
 
@@ -135,8 +138,10 @@ class _Block:
         return self.begin, self.column, self.layers, self.forced
 
     def goes_on(self, local: int, column: int, forced: bool) -> bool:
-        """Tell whether such a layer is the next of this block."""
-        return (local, column, forced) == (self.begin + self.layers, self.column + self.layers, self.forced)
+        """Tell whether such a layer is the next of this block, and has room in it."""
+        layers = self.layers
+        fits = (layers + 1) * self.layer_bytes <= ROOM_BYTES
+        return fits and (local, column, forced) == (self.begin + layers, self.column + layers, self.forced)
 
 
 class _Joined:

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import overload
 
 from r3.trainer.batching import Form, MicroBatch, StepBatch, microbatch
+from r3.trainer.parallel import host_array
 from r3.trainer.records import DeferredChecks
 from r3.types import ModelSpec
 
@@ -44,7 +45,7 @@ class MicroBatches(Sequence[MicroBatch]):
         found = self._made[index]
         if found is None:
             begin = time.perf_counter()
-            found = microbatch(self._step, self._samples[index], self._spec, self._form, self.checks)
+            found = microbatch(self._step, self._samples[index], self._spec, self._form, self.checks, host_array)
             self._made[index] = found
             self.seconds += time.perf_counter() - begin
         return found

@@ -117,10 +117,24 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def host_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array of undefined values that `upload` need not copy on the host."""
+    if not torch.cuda.is_available():
+        return np.empty(shape, dtype)
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    array: NDArray[Any] = torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    return array
+
+
 def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
-    """Return a copy of a host array on a device; on a GPU the copy is queued, so that the host does not wait for it."""
+    """Return a copy of a host array on a device; on a GPU the copy is queued, so that the host does not wait for it.
+
+    An array of `host_array` must stay as it is until the copy is made.
+    """
     if where.type != "cuda" or not array.size:
         return torch.from_numpy(np.array(array)).to(where)
+    if array.flags.writeable and (here := torch.from_numpy(array)).is_pinned():
+        return here.to(where, non_blocking=True)
     # Copied once, into pinned memory; `from_numpy(...).pin_memory()` takes no read-only array without a copy before.
     staged = torch.empty_like(torch.from_numpy(np.empty(array.shape, array.dtype)), pin_memory=True)
     np.copyto(staged.numpy(), array)

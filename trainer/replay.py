@@ -146,7 +146,7 @@ class ReplayContext:
         self.columns = tuple(spec.moe_layers.index(layer) for layer in expected)
         self._local = {layer: column for column, layer in enumerate(expected)}
         self._active: _Active | None = None
-        self._tally: Tally | None = None
+        # Of the pass that is open.
         self._counts: PassCounts | None = None
 
     @contextmanager
@@ -157,15 +157,17 @@ class ReplayContext:
         exactly once per microbatch.
         """
         self.require_empty("before the pass")
-        self._tally = Tally.zero(self._spec, device)
-        self._counts = PassCounts(self._tally)
+        tally = Tally.zero(self._spec, device)
+        counts = self._counts = PassCounts(tally)
         try:
-            yield self._tally
+            yield tally
             self.require_empty("after the pass")
-            self._count()
-            self._tally.require_all_visited(dict(zip(self._local, self.columns, strict=True)), self._chunks)
+            begin = time.perf_counter()
+            counts.count()
+            tally.spent_since(begin)
+            tally.require_all_visited(dict(zip(self._local, self.columns, strict=True)), self._chunks)
         finally:
-            self._active = self._tally = self._counts = None
+            self._active = self._counts = None
 
     def require_empty(self, when: str) -> None:
         """Raise `RoutingError` when a microbatch is active."""
@@ -179,7 +181,7 @@ class ReplayContext:
         """
         self.require_empty("before a microbatch")
         self._check(routing)
-        active = self._active = _Active(routing, self._tally)
+        active = self._active = _Active(routing, self._clock)
         if self._counts is not None:
             active.counts = self._counts.begin(routing, active.record, chunk)
         try:
@@ -187,8 +189,10 @@ class ReplayContext:
         finally:
             self._active = None
         if active.counts is not None:
+            begin = time.perf_counter()
             # An update has work for the device ahead of it, and needs its memory.
-            self._count(active.counts, wait=not output.requires_grad)
+            active.counts.finish(count=output.requires_grad)
+            active.spent_since(begin)
         if output.requires_grad:
             output.register_hook(partial(self._enter_backward, routing))
         return output
@@ -206,18 +210,12 @@ class ReplayContext:
 
     def _enter_backward(self, routing: MicrobatchRouting, gradient: torch.Tensor) -> None:
         self.require_empty("before a backward pass")
-        self._active = _Active(routing, self._tally)
+        self._active = _Active(routing, self._clock)
         torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
-    def _count(self, microbatch: MicrobatchCounts | None = None, *, wait: bool = False) -> None:
-        """Finish a microbatch and count all that is kept, unless told to wait, in replay's own time."""
-        assert self._tally is not None and self._counts is not None
-        begin = time.perf_counter()
-        if microbatch is not None:
-            microbatch.finish()
-        if not wait:
-            self._counts.count()
-        self._tally.spent_since(begin)
+    @property
+    def _clock(self) -> Tally | None:
+        return None if self._counts is None else self._counts.tally
 
     def _leave_backward(self) -> None:
         self._active = None

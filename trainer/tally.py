@@ -29,7 +29,8 @@ class Tally:
     that name an expert twice, counted where `loads` are; `overlap_pairs`, `window_pairs`: the number of pairs, which
     the host knows; `visits`: calls per layer; `routed`: the microbatches that had a record;
     for each microbatch that was compared, in the routers' order, `recorded`: which rows have a record, and `differs`:
-    which of them differ in any of this rank's layers, absent where it has none; `runs`: microbatches per model chunk; `flags`: for each microbatch and column, where asked for, which rows differ there;
+    which of them differ in any of this rank's layers, absent where it has none; `runs`: microbatches per model chunk;
+    `flags`: for each microbatch and column, where asked for, which rows differ there;
     `seconds`: host time spent in replay.
     """
 

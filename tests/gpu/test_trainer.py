@@ -89,8 +89,8 @@ def no_waiting() -> Iterator[None]:
 
 def test_replay_never_waits_for_the_device(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # PyTorch raises where a call would synchronise; the rest of Megatron's MoE layer may.
-    watched_calls = ((_Visit, "get_replay_topk"), (_Visit, "account"), (MicrobatchCounts, "finish"), (PassCounts, "count"))
-    for owner, name in watched_calls:
+    calls = (_Visit, "get_replay_topk"), (_Visit, "account"), (MicrobatchCounts, "finish"), (PassCounts, "count")
+    for owner, name in calls:
         method = getattr(owner, name)
 
         def watched(self: Any, *args: Any, method: Any = method, **kwargs: Any) -> Any:

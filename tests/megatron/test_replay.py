@@ -97,7 +97,9 @@ def test_nothing_depends_on_the_ids_of_filled_rows(model_dir: Path, packed: bool
     policy = make_policy(model_dir, make_config(trainer={"packed": packed}))
     step, whole = prepare(policy, make_batch(policy.arch.spec), 12)
     one = microbatch(step, range(12), policy.arch.spec, policy.form) if packed else whole[0]
-    assert one.experts is not None and one.filled.sum() >= 12 and not (one.filled & one.recorded).any()
+    assert one.experts is not None
+    assert one.filled.sum() >= 12
+    assert not (one.filled & one.recorded).any()
     found = []
     for shift in (0, 3):
         other = (one.experts + shift * one.filled[..., None, None]) % policy.arch.spec.num_experts
@@ -140,13 +142,13 @@ def test_the_experts_get_exactly_the_record(model_dir: Path) -> None:
         router.register_forward_hook(note)
     policy.logprobs(microbatches, step, FORCED)
     calls = iter(seen)
-    for microbatch in microbatches:
-        given = router_order(torch.from_numpy(microbatch.recorded | microbatch.filled))
+    for one in microbatches:
+        given = router_order(torch.from_numpy(one.recorded | one.filled))
         assert 0 < given.sum() < len(given)
         for layer in range(4):
             router, hidden, probs, routing_map = next(calls)
             assert router.layer_number == layer + 1
-            ids = router_order(torch.from_numpy(microbatch.experts[:, :, layer])).long()
+            ids = router_order(torch.from_numpy(one.experts[:, :, layer])).long()
             logits = (hidden @ router.weight.T).reshape(len(ids), -1)
             own = logits.topk(4, 1).indices
             expected = torch.where(given[:, None], ids, own)
