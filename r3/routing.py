@@ -22,6 +22,7 @@ from r3.structure import check_live, has_repeats, repeated_ids, repeated_rows
 
 Provenance = Literal["exact", "unknown"]
 TokenIds = NDArray[np.int32]
+_TOKENS = np.dtype("<i4")
 
 
 class Span(NamedTuple):
@@ -79,13 +80,17 @@ def checksum(experts: ExpertIds, tokens: TokenIds) -> int:
 
 
 def _with_tokens(rows_crc32: int, tokens: TokenIds) -> int:
-    return crc32(np.ascontiguousarray(tokens, dtype="<i4").view(np.uint8).data, rows_crc32)
+    return crc32(np.ascontiguousarray(tokens, dtype=_TOKENS), rows_crc32)
 
 
 def rows_checksum(experts: ExpertIds) -> int:
     """Return the crc32 of routing rows alone, little-endian: what `checksum` begins with."""
-    little = np.ascontiguousarray(experts, dtype=experts.dtype.newbyteorder("<"))
-    return crc32(little.view(np.uint8).reshape(-1).data)
+    return crc32(np.ascontiguousarray(experts, dtype=_little(experts.dtype)))
+
+
+@lru_cache
+def _little(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return dtype.newbyteorder("<")
 
 
 class RowsSeen(NamedTuple):
