@@ -131,8 +131,8 @@ class RouterCounts:
     float64 `[AUDIT_WINDOWS, 2]`: the same sum at lag 0 over the rows of a window and all layers, and its (row, layer)
     pairs. `loads` int64 `[layers, experts]`: how often the record chose each expert, counted in passes that compare the
     own choice with it. `mismatched_ids`: recorded ids that replay left out. `required`: rows that a trained token's
-    log-prob depends on and that the engine captured; `replayed`: those of them that were forced; `native`: rows on the
-    model's own routing; `missing`: required rows without a record; `pads`.
+    log-prob depends on and that the engine captured; `replayed`: those of them that were forced; `native`: rows that
+    were not, last tokens among them; `missing`: required rows without a record; `pads`.
     """
 
     disagree: NDArray[np.int64]
@@ -188,7 +188,8 @@ def replay_health(counts: RouterCounts) -> dict[str, float]:
     """Return coverage, the row classes and mismatched ids of the replayed passes of a step.
 
     - `coverage`: rows replayed with their record / recorded rows that a trained token depends on; must be 1.
-    - `native_rows`, `missing_rows`, `pad_rows`: shares of all rows in [0, 1]; each last token is native.
+    - `native_rows`, `missing_rows`, `pad_rows`: shares of all rows in [0, 1]; a last token is native, whatever ids it
+      takes.
     - `mismatched_ids`: recorded ids that the router did not use, a count; must be 0.
     """
     total = counts.replayed + counts.native + counts.pads

@@ -265,7 +265,7 @@ class _Visit:
         self._own, self._ids = own, self._recorded(own.shape)
         if force:
             rows = self._active.record.choosing
-            own = self._ids.index_copy(0, rows, own.index_select(0, rows)) if len(rows) else self._ids
+            own = self._ids.index_copy(0, rows, own.index_select(0, rows)) if rows.numel() else self._ids
             values = scores.gather(1, own)
         if fault is not None and fault.uniform_gates:
             # Equal before the softmax over the chosen as well as behind one over all.
@@ -278,7 +278,7 @@ class _Visit:
         begin = time.perf_counter()
         used = self._ids = self._recorded(torch.Size((len(scores), topk)))
         rows = self._active.record.choosing
-        if len(rows):
+        if rows.numel():
             _, chosen = choose(scores.detach().index_select(0, rows))
             used = used.index_copy(0, rows, chosen)
         self._own = used

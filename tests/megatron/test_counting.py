@@ -20,6 +20,7 @@ from r3.trainer import counting, replay, routed
 from r3.trainer.counting import PassCounts
 from r3.trainer.replay import MicrobatchRouting, router_order
 from r3.trainer.routed import RoutedRecord
+from r3.trainer.rows import RowClasses
 from r3.trainer.sampling import AuditRows, audit_rows
 from r3.trainer.tally import Tally
 from r3.trainer.use import RoutingUse
@@ -160,6 +161,33 @@ def test_layers_counted_at_once_are_those_counted_alone(
             np.testing.assert_array_equal(tally.flags[index][FIRST + layer].numpy(), one["differs"][layer])
     assert tally.visits == dict.fromkeys(range(FIRST, FIRST + LAYERS), len(cases))
     tally.require_all_visited({layer: FIRST + layer for layer in range(LAYERS)}, len(chunks))
+
+
+@pytest.mark.parametrize("layers", [0, 2, 5, 40], ids=["each layer alone", "two", "five", "many microbatches"])
+def test_no_more_is_counted_at_once_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    cases = [make_case(seed, (3, 10)) for seed in range(12)]
+    per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K))
+    monkeypatch.setattr(counting, "ROOM_BYTES", layers * per_layer)
+    found, count = [], counting._Joined.count
+
+    def counts(joined: counting._Joined) -> None:
+        found.append(sum(len(block.own) for block in joined._blocks))
+        count(joined)
+
+    monkeypatch.setattr(counting._Joined, "count", counts)
+    counted(Tally.zero(MODEL, CPU), [(case, routing_of(case)) for case in cases], range(LAYERS))
+    assert sum(found) == 12 * LAYERS
+    # Blocks are whole microbatches where one fits, and of several microbatches only whole blocks are counted at once.
+    assert max(found) == {0: 1, 2: 2, 5: 5, 40: 36}[layers]
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_stage_without_routers_compares_rows_and_finds_no_difference() -> None:
+    tally = Tally.zero(MODEL, CPU)
+    tally.recorded[0], tally.recorded[1] = torch.tensor([True, False, True]), torch.tensor([True])
+    tally.differs[1] = torch.tensor([True])
+    found = tally.counts(RowClasses())
+    assert (found.compared, found.disagree_any) == (3, 1)
 
 
 @pytest.mark.parametrize("forced", [range(LAYERS), (), (0, 1, 4)], ids=["all forced", "none forced", "some forced"])
