@@ -11,7 +11,7 @@ set -uo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 OUT="$(mkdir -p "${1:?usage: scripts/gpu_suite.sh OUT [GPUS=STEP,STEP ...]}" && cd "$1" && pwd)"
 shift
-ALL="model tests doctor job1 job2 job4 replay mismatch gather capture1 capture2 capture4 queue1 queue2 queue4 equality"
+ALL="model tests doctor job1 job2 job4 replay replay_large mismatch gather capture1 capture2 capture4 queue1 queue2 queue4 equality"
 STEPS="${STEPS:-$ALL}"
 PYTHON="${PYTHON:-python3}"
 
@@ -20,7 +20,7 @@ run() {
     local name="$1" limit="$2" needed="$3" begin code last own="TIME_${1^^}"
     shift 3
     if [ "$(gpus)" -lt "$needed" ]; then
-        printf '%-9s skipped       needs %s GPUs\n' "$name" "$needed"
+        printf '%-12s skipped       needs %s GPUs\n' "$name" "$needed"
         return 0
     fi
     limit="${!own:-$limit}"
@@ -29,7 +29,7 @@ run() {
     timeout --kill-after=20 "$limit" "$HERE/gpu_host.sh" "$@" >"$OUT/$name.log" 2>&1 </dev/null
     code=$?
     last=$(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1 | cut -c1-160)
-    printf '%-9s %-7s %4ss  %s\n' "$name" "$([ "$code" = 0 ] && echo ok || echo "exit $code")" \
+    printf '%-12s %-7s %4ss  %s\n' "$name" "$([ "$code" = 0 ] && echo ok || echo "exit $code")" \
         "$(($(date +%s) - begin))" "$last"
     [ "$code" = 0 ]
 }
@@ -57,6 +57,11 @@ capture() { # NAME TP SECONDS LOADS...
         --target "$OUT/$name.json"
 }
 
+replay() { # NAME TRAJECTORIES-OF-A-MICROBATCH
+    run "$1" 300 1 "$PYTHON" scripts/bench/replay.py --rounds 1000 --micro-batch-size "$2" \
+        --seconds "${REPLAY_SECONDS:-200}" --profile 3 --out "$OUT/$1.json"
+}
+
 step() {
     case "$1" in
     model) run model 240 0 "$PYTHON" -c \
@@ -65,8 +70,8 @@ step() {
     doctor) run doctor 240 1 "$PYTHON" -m r3.doctor replay --config grpo_qwen3moe_1gpu.yaml \
         trainer.gpus_per_process=1 ;;
     job1 | job2 | job4) job "${1#job}" ;;
-    replay) run replay 300 1 "$PYTHON" scripts/bench/replay.py --rounds 1000 \
-        --seconds "${REPLAY_SECONDS:-200}" --profile 3 --out "$OUT/replay.json" ;;
+    replay) replay replay 32 ;;
+    replay_large) replay replay_large 64 ;;
     mismatch) run mismatch 500 1 "$PYTHON" scripts/bench/consistency.py --tokens "${TOKENS:-200000}" \
         --dense builtin:qwen3-1b --out "$OUT/mismatch.json" -- rollout.prompts_per_step=512 ;;
     gather) run gather 180 2 "$PYTHON" scripts/bench/gather.py --target "$OUT/gather.json" ;;

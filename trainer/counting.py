@@ -152,7 +152,10 @@ class _Joined:
         self._columns = slice(first.column, first.column + first.layers)
         end = first.begin + first.layers
         self._ids = _joined([block.of.record.layers(first.begin, end) for block in blocks], 1)
-        self._recorded = _joined([block.of.record.recorded for block in blocks], 0)
+        recorded = [block.of.record.recorded for block in blocks]
+        # Rows of each microbatch.
+        self._sizes = [len(rows) for rows in recorded]
+        self._recorded = _joined(recorded, 0)
         self._mask = self._recorded[:, None]
 
     def count(self) -> None:
@@ -186,17 +189,16 @@ class _Joined:
         recorded = self._mask.long().expand(ids.shape[1:]).reshape(1, -1).expand(len(ids), -1)
         tally.loads[self._columns].scatter_add_(1, ids.flatten(1), recorded)
         tally.repeated.add_((repeats(ids) & self._recorded).sum())
-        sizes = [len(block.of.record.recorded) for block in self._blocks]
-        parts = zip(self._blocks, differs.any(0).split(sizes), differs.split(sizes, 1), strict=True)
+        anywhere = differs.any(0).split(self._sizes)
+        parts = zip(self._blocks, anywhere, differs.split(self._sizes, 1), strict=True)
         columns = range(self._columns.start, self._columns.stop)
-        for block, anywhere, by_layer in parts:
+        for block, rows, by_layer in parts:
             flags = dict(zip(columns, by_layer.unbind(0), strict=True)) if block.of.routing.trace else {}
-            tally.note_differences(block.of.index, anywhere, flags)
+            tally.note_differences(block.of.index, rows, flags)
 
     def _audit_pairs(self) -> AuditPairs | None:
-        """Return the pairs of all microbatches, which an audit of one of them is an audit of."""
-        sizes = [len(block.of.record.recorded) for block in self._blocks]
-        begins = [0, *accumulate(sizes)]
+        """Return the pairs of all microbatches, None where nothing is audited."""
+        begins = accumulate(self._sizes, initial=0)
         rows = [(block.of.audit, begin) for block, begin in zip(self._blocks, begins, strict=False)]
         audited = [one.moved(begin) for one, begin in rows if one is not None]
         return AuditPairs.of(AuditRows.join(audited), self._ids.device) if audited else None
