@@ -6,10 +6,11 @@ take: layer by layer, counting was most of replay's time, microbatch by microbat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -19,9 +20,17 @@ from r3.trainer.sampling import AuditRows
 from r3.trainer.tally import Tally
 
 # Bytes that counting may take at once, for what is kept of routers and for comparing it.
-ROOM_BYTES = 256 * 2**20
+ROOM_BYTES = 512 * 2**20
 # Flags of a row, of that many bytes, as one integer.
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Undecided:
+    """An own choice that is still to be made: scores `[t, experts]`, and what makes it of any rows, values and ids."""
+
+    scores: torch.Tensor
+    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class PassCounts:
@@ -32,7 +41,7 @@ class PassCounts:
 
     def __init__(self, tally: Tally) -> None:
         self.tally = tally
-        self._kept: dict[tuple[int, int, int, bool], list[_Block]] = {}
+        self._kept: dict[tuple[int, int, int, _Kind], list[_Block]] = {}
         self._bytes = 0
 
     def begin(self, routing: MicrobatchRouting, record: RoutedRecord, chunk: int = 0) -> MicrobatchCounts:
@@ -68,20 +77,21 @@ class MicrobatchCounts:
         self.index = self._tally.runs.get(chunk, 0)
         self._block: _Block | None = None
 
-    def add(self, local: int, column: int, own: torch.Tensor, routing_map: torch.Tensor | None) -> None:
+    def add(self, local: int, column: int, own: torch.Tensor | Undecided, routing_map: torch.Tensor | None) -> None:
         """Take what one router chose and used.
 
         `local` counts the MoE layers of this rank, `column` those of the model. `own` int64 `[t, k]`: its own choice;
         `routing_map` bool `[t, experts]`: what its experts get, None where it was not forced.
         """
         self._tally.visits[column] = self._tally.visits.get(column, 0) + 1
-        block, forced = self._block, routing_map is not None
-        if block is None or not block.goes_on(local, column, forced):
+        block, kind = self._block, _Kind(routing_map is not None, isinstance(own, Undecided))
+        if block is None or not block.goes_on(local, column, kind):
             self._hand_over()
-            block = self._block = _Block(self, local, column, forced, self._bytes(own, routing_map))
+            block = self._block = _Block(self, local, column, kind, self._bytes(own, routing_map))
         block.layers += 1
         if self.routing.compare:
-            block.own.append(own)
+            block.own.append(own.scores if isinstance(own, Undecided) else own)
+            block.choose = own.choose if isinstance(own, Undecided) else None
         if routing_map is not None:
             block.maps.append(routing_map)
 
@@ -105,43 +115,54 @@ class MicrobatchCounts:
             self._kept.keep(self._block)
         self._block = None
 
-    def _bytes(self, own: torch.Tensor, routing_map: torch.Tensor | None) -> int:
+    def _bytes(self, own: torch.Tensor | Undecided, routing_map: torch.Tensor | None) -> int:
         """Return what it takes to keep and count one layer."""
-        rows, k = own.shape
+        assert self.routing.experts is not None
+        rows, k = self.routing.recorded.numel(), self.routing.experts.shape[-1]
         # A map and its copy, and of the used ids twice.
         size = 0 if routing_map is None else 2 * rows * (routing_map.shape[1] + k)
+        if isinstance(own, Undecided):
+            size += 2 * own.scores.nbytes
         if self.routing.compare:
             # Ids of both sides and every id with every other.
             size += rows * k * (16 + k)
         return size + len(LAGS) * self.routing.audited * k * (16 + k)
 
 
+class _Kind(NamedTuple):
+    """What kind of router call was taken."""
+
+    forced: bool
+    undecided: bool
+
+
 @dataclass(slots=True, eq=False)
 class _Block:
     """Consecutive layers of a microbatch, from `begin` (local) and `column` on; tensors as `add` took them, by layer.
 
-    `layer_bytes`: what it takes to keep and count one of them.
+    `layer_bytes`: what it takes to keep and count one of them; `own`: scores where `choose` makes the choice of them.
     """
 
     of: MicrobatchCounts
     begin: int
     column: int
-    forced: bool
+    kind: _Kind
     layer_bytes: int
     layers: int = 0
     own: list[torch.Tensor] = field(default_factory=list)
     maps: list[torch.Tensor] = field(default_factory=list)
+    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
-    def key(self) -> tuple[int, int, int, bool]:
+    def key(self) -> tuple[int, int, int, _Kind]:
         """What blocks must share to be counted together."""
-        return self.begin, self.column, self.layers, self.forced
+        return self.begin, self.column, self.layers, self.kind
 
-    def goes_on(self, local: int, column: int, forced: bool) -> bool:
+    def goes_on(self, local: int, column: int, kind: _Kind) -> bool:
         """Tell whether such a layer is the next of this block, and has room in it."""
         layers = self.layers
         fits = (layers + 1) * self.layer_bytes <= ROOM_BYTES
-        return fits and (local, column, forced) == (self.begin + layers, self.column + layers, self.forced)
+        return fits and (local, column, kind) == (self.begin + layers, self.column + layers, self.kind)
 
 
 class _Joined:
@@ -166,6 +187,8 @@ class _Joined:
             self._count_used(used.bool())
         if first.own:
             own = self._by_layer([block.own for block in self._blocks])
+            if first.choose is not None:
+                own = first.choose(own.flatten(0, 1))[1].view_as(self._ids)
             self._compare(own)
             audit = self._audit_pairs()
             if audit is not None:

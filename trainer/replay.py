@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from r3.errors import ConfigError, RoutingError
-from r3.trainer.counting import MicrobatchCounts, PassCounts
+from r3.trainer.counting import MicrobatchCounts, PassCounts, Undecided
 from r3.trainer.megatron import TopKRouter, TransformerConfig
 from r3.trainer.routed import MicrobatchRouting as MicrobatchRouting
 from r3.trainer.routed import RoutedRecord
@@ -237,7 +237,7 @@ class _Visit:
     def __init__(self, active: _Active, layer: int, local: int, column: int) -> None:
         # `local` counts the MoE layers of this rank (the record), `column` those of the whole model (the tally).
         self._active, self._layer, self._local, self._column = active, layer, local, column
-        self._own: torch.Tensor | None = None
+        self._own: torch.Tensor | Undecided | None = None
         self._ids: torch.Tensor | None = None
 
     def get_replay_topk(
@@ -253,7 +253,8 @@ class _Visit:
         choose = partial(default_compute_topk, topk=topk, num_groups=num_groups, group_topk=group_topk)
         routing = self._active.routing
         force, fault = routing.forces(self._layer), routing.fault
-        if force and not routing.watched:
+        # Megatron-core chooses among groups of experts for exactly as many rows as it routes.
+        if force and not routing.watched and not group_topk:
             return self._replayed(scores, topk, choose)
         # Where routing is forced the own choice needs no graph. The grad mode stays as it is: 0.19 sorts by it.
         values, own = choose(scores.detach() if force and scores.requires_grad else scores)
@@ -274,14 +275,14 @@ class _Visit:
         return values, own
 
     def _replayed(self, scores: torch.Tensor, topk: int, choose: TopK) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the same where nobody looks at the own choice of a forced row: the others alone make one."""
+        """Return the same where nobody looks at the own choice of a forced row yet: the others alone make one here."""
         begin = time.perf_counter()
         used = self._ids = self._recorded(torch.Size((len(scores), topk)))
         rows = self._active.record.choosing
         if rows.numel():
             _, chosen = choose(scores.detach().index_select(0, rows))
             used = used.index_copy(0, rows, chosen)
-        self._own = used
+        self._own = Undecided(scores.detach(), choose) if self._active.routing.compare else used
         self._active.spent_since(begin)
         return scores.gather(1, used), used
 
@@ -307,7 +308,7 @@ class _Visit:
         if counts is None:
             return
         begin = time.perf_counter()
-        if routing.own is not None:
+        if routing.own is not None and not isinstance(self._own, Undecided):
             routing.own[self._local] = self._own
         used = routing_map if routing.forces(self._layer) else None
         counts.add(self._local, self._column, self._own, used)

@@ -86,8 +86,8 @@ class MicrobatchRouting:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody looks at what the model would choose for a row that is forced."""
-        return self.compare or self.own is not None or self.fault is not None
+        """Whether the own choice of a row that is forced is looked at before it is counted."""
+        return self.own is not None or self.fault is not None
 
     def forces(self, layer: int) -> bool:
         """Tell whether the record is forced in MoE layer `layer` (global index)."""

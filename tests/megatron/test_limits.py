@@ -173,6 +173,11 @@ def groups_do_not_bound_the_record(bench: Bench) -> None:
     assert (np.diff(groups, axis=-1) > 0).any(-1).mean() > 0.9, "the record spreads over more than one group"
     counts = policy.logprobs([one], step, FORCED).counts
     assert (counts.mismatched_ids, counts.replayed) == (0, counts.required)
+    # An update, in which the rows of a gap choose for themselves.
+    gap = replace(one, recorded=one.recorded & (np.arange(one.recorded.shape[1]) != 2))
+    old = step.rollout_logprobs.astype(np.float64)
+    _, counts, _ = policy.accumulate([gap], step, old, None, replace(FORCED, compare=False))
+    assert (counts.mismatched_ids, counts.replayed) == (0, gap.recorded.sum())
 
 
 def expert_bias_counts_what_was_used(bench: Bench) -> None:
