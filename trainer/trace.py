@@ -40,8 +40,10 @@ class Trace:
             order = microbatch.routed_targets.T.reshape(-1)
             trained = order >= 0
             found = np.zeros((int(trained.sum()), layers), np.bool_)
-            for column, flag in flags.get(index, {}).items():
-                found[:, column] = flag.cpu().numpy()[trained]
+            by_column = flags.get(index, {})
+            if by_column:
+                # In one piece: every copy to the host waits for the device.
+                found[:, list(by_column)] = torch.stack(list(by_column.values())).cpu().numpy()[:, trained].T
             targets.append(order[trained])
             differs.append(found)
         return cls(np.concatenate(targets), np.concatenate(differs))
