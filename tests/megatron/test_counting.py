@@ -118,16 +118,20 @@ def counted(
     chunks: Sequence[Sequence[int]] = (range(LAYERS),),
     undecided: Sequence[int] = (),
 ) -> None:
-    """Let the routers of every chunk report each microbatch, then count; `undecided`: layers that give scores."""
+    """Let the routers of every chunk report each microbatch, then count.
+
+    `undecided`: layers that give scores, in every microbatch but the second.
+    """
     kept = PassCounts(tally)
     for chunk, layers in enumerate(chunks):
-        for case, routing in cases:
+        for index, (case, routing) in enumerate(cases):
             counts = kept.begin(routing, RoutedRecord(routing), chunk)
             for layer in layers:
                 used = case.maps[layer] if layer in forced else None
                 own = case.own[layer]
                 scores = torch.zeros(len(own), EXPERTS).scatter(1, own, 1.0)
-                counts.add(layer, FIRST + layer, Undecided(scores, choose) if layer in undecided else own, used)
+                waits = layer in undecided and index != 1
+                counts.add(layer, FIRST + layer, Undecided(scores, choose) if waits else own, used)
             counts.finish()
     kept.count()
 
@@ -179,9 +183,13 @@ def test_layers_counted_at_once_are_those_counted_alone(
 
 
 @pytest.mark.parametrize("layers", [0, 2, 5, 40], ids=["each layer alone", "two", "five", "many microbatches"])
-def test_no_more_is_counted_at_once_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+@pytest.mark.parametrize("waits", [False, True], ids=["decided", "scores"])
+def test_no_more_is_counted_at_once_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, layers: int, waits: bool
+) -> None:
     cases = [make_case(seed, (3, 10)) for seed in range(12)]
-    per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K))
+    scores = torch.zeros(30, EXPERTS)
+    per_layer = 30 * (K * (16 + K) + 2 * (EXPERTS + K)) + (2 * scores.nbytes if waits else 0)
     monkeypatch.setattr(counting, "ROOM_BYTES", layers * per_layer)
     found, count = [], counting._Joined.count
 
@@ -190,10 +198,38 @@ def test_no_more_is_counted_at_once_than_there_is_room_for(monkeypatch: pytest.M
         count(joined)
 
     monkeypatch.setattr(counting._Joined, "count", counts)
-    counted(Tally.zero(MODEL, CPU), [(case, routing_of(case)) for case in cases], range(LAYERS))
+    kept = PassCounts(Tally.zero(MODEL, CPU))
+    for case in cases:
+        routing = routing_of(case)
+        microbatch = kept.begin(routing, RoutedRecord(routing))
+        for layer in range(LAYERS):
+            own = Undecided(scores, choose) if waits else case.own[layer]
+            microbatch.add(layer, FIRST + layer, own, case.maps[layer])
+        microbatch.finish()
+    kept.count()
     assert sum(found) == 12 * LAYERS
     # Blocks are whole microbatches where one fits, and of several microbatches only whole blocks are counted at once.
     assert max(found) == {0: 1, 2: 2, 5: 5, 40: 36}[layers]
+
+
+def test_the_choice_that_routers_make_anyway_is_none_of_replays_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(counting.time, "perf_counter", lambda: clock[0])
+
+    def slow(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        clock[0] += 5
+        return choose(scores)
+
+    case, tally = make_case(0, (3, 10)), Tally.zero(MODEL, CPU)
+    routing, kept = routing_of(case), PassCounts(tally)
+    microbatch = kept.begin(routing, RoutedRecord(routing))
+    for layer in range(LAYERS):
+        microbatch.add(layer, FIRST + layer, Undecided(torch.zeros(30, EXPERTS), slow), case.maps[layer])
+    microbatch.finish()
+    begin = clock[0]
+    kept.count()
+    tally.spent_since(begin)
+    assert (clock[0], tally.seconds) == (5, 0)
 
 
 @pytest.mark.usefixtures("single_rank")
