@@ -4,12 +4,13 @@
     python scripts/bench/metrics_overhead.py
     python scripts/bench/metrics_overhead.py --tokens 8192 --repeats 30
 
-*Routers*: counting disagreement, used ids, expert loads and the audit's overlaps, in every router call and behind every
-microbatch. *Mismatch*: the sums over tokens. *Overlaps*: the audit's numbers and alarms. *Reduce*: joining counters.
-*Driver*: alarms, early loads, the step's line in `metrics.jsonl`. *Tokens*: data of single tokens, which one step in
-`metrics.tokens_every` keeps, spread over all of them. One process; each part is timed inside the same steps that it is
-compared with, so that the share depends little on the machine's load. The step is that of the trainer alone, without
-generation: a larger step only makes the share smaller. Means over whole rounds of `metrics.tokens_every` steps.
+*Routers*: what forced routers would have chosen, counting disagreement, used ids, expert loads and the audit's
+overlaps, in router calls and behind microbatches. *Mismatch*: the sums over tokens. *Overlaps*: the audit's numbers and
+alarms. *Reduce*: joining counters. *Driver*: alarms, early loads, the step's line in `metrics.jsonl`. *Tokens*: data of
+single tokens, which one step in `metrics.tokens_every` keeps, spread over all of them. One process; each part is timed
+inside the same steps that it is compared with, so that the share depends little on the machine's load. The step is that
+of the trainer alone, without generation: a larger step only makes the share smaller. Means over whole rounds of
+`metrics.tokens_every` steps.
 """
 
 from __future__ import annotations
