@@ -172,8 +172,8 @@ class MicroBatch:
     the rank's MoE layers, or None when no trajectory has a record; `recorded`, `filled` and `pads` bool `[b, r]`:
     which rows have a record, which have the ids of another row because nobody reads what becomes of them (pads, and the
     last tokens of recorded sequences), and which are pads; `order` int64 `[b, r]`: place of the row in the uncut
-    microbatch; `windows` int64 `[b, r]`: window of the audit that the row is
-    in, -1 for none; `sampled` bool `[b, r]`: was the row's token sampled (else it is the prompt's).
+    microbatch; `windows` int64 `[b, r]`: window of the audit that the row is in, -1 for none; `sampled` bool `[b, r]`:
+    was the row's token sampled (else it is the prompt's).
     `lengths`: padded length of each packed sequence over all context ranks, None without packing. `shape`: rows and
     length of the uncut microbatch. `rows`: how many rows of it are of which kind.
     """

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 
@@ -26,12 +25,18 @@ ROOM_BYTES = 512 * 2**20
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+# Values and ids that a router chooses by its scores.
+Choose = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# A layer as this rank and as the model counts it, whether it is forced, and whether its own choice is undecided.
+Layer = tuple[int, int, bool, bool]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Undecided:
     """An own choice that is still to be made: scores `[t, experts]`, and what makes it of any rows, values and ids."""
 
     scores: torch.Tensor
-    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    choose: Choose
 
 
 class PassCounts:
@@ -42,7 +47,7 @@ class PassCounts:
 
     def __init__(self, tally: Tally) -> None:
         self.tally = tally
-        self._kept: dict[tuple[int, int, int, _Kind], list[_Block]] = {}
+        self._kept: dict[tuple[int, Layer], list[_Block]] = {}
         self._bytes = 0
 
     def begin(self, routing: MicrobatchRouting, record: RoutedRecord, chunk: int = 0) -> MicrobatchCounts:
@@ -85,14 +90,15 @@ class MicrobatchCounts:
         `routing_map` bool `[t, experts]`: what its experts get, None where it was not forced.
         """
         self._tally.visits[column] = self._tally.visits.get(column, 0) + 1
-        block, kind = self._block, _Kind(routing_map is not None, isinstance(own, Undecided))
-        if block is None or not block.goes_on(local, column, kind):
+        scores, choose = (own.scores, own.choose) if isinstance(own, Undecided) else (own, None)
+        block, here = self._block, (local, column, routing_map is not None, choose is not None)
+        if block is None or block.next != here or (block.layers + 1) * block.layer_bytes > ROOM_BYTES:
             self._hand_over()
-            block = self._block = _Block(self, local, column, kind, self._bytes(own, routing_map))
+            size = self._bytes(own, routing_map)
+            block = self._block = _Block(self, local, column, routing_map is not None, choose, size)
         block.layers += 1
         if self.routing.compare:
-            block.own.append(own.scores if isinstance(own, Undecided) else own)
-            block.choose = own.choose if isinstance(own, Undecided) else None
+            block.own.append(scores)
         if routing_map is not None:
             block.maps.append(routing_map)
 
@@ -130,13 +136,6 @@ class MicrobatchCounts:
         return size + len(LAGS) * self.routing.audited * k * (16 + k)
 
 
-class _Kind(NamedTuple):
-    """What kind of router call was taken."""
-
-    forced: bool
-    undecided: bool
-
-
 @dataclass(slots=True, eq=False)
 class _Block:
     """Consecutive layers of a microbatch, from `begin` (local) and `column` on; tensors as `add` took them, by layer.
@@ -147,23 +146,22 @@ class _Block:
     of: MicrobatchCounts
     begin: int
     column: int
-    kind: _Kind
+    forced: bool
+    choose: Choose | None
     layer_bytes: int
     layers: int = 0
     own: list[torch.Tensor] = field(default_factory=list)
     maps: list[torch.Tensor] = field(default_factory=list)
-    choose: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
-    def key(self) -> tuple[int, int, int, _Kind]:
-        """What blocks must share to be counted together."""
-        return self.begin, self.column, self.layers, self.kind
+    def next(self) -> Layer:
+        """The layer that would go on this block: local, column, forced, undecided."""
+        return self.begin + self.layers, self.column + self.layers, self.forced, self.choose is not None
 
-    def goes_on(self, local: int, column: int, kind: _Kind) -> bool:
-        """Tell whether such a layer is the next of this block, and has room in it."""
-        layers = self.layers
-        fits = (layers + 1) * self.layer_bytes <= ROOM_BYTES
-        return fits and (local, column, kind) == (self.begin + layers, self.column + layers, self.kind)
+    @property
+    def key(self) -> tuple[int, Layer]:
+        """What blocks must share to be counted together: their number of layers, and which these are."""
+        return self.layers, self.next
 
 
 class _Joined:

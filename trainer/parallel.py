@@ -119,11 +119,12 @@ def device() -> torch.device:
 
 def host_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an array of undefined values that `upload` need not copy on the host."""
-    if not torch.cuda.is_available():
-        return np.empty(shape, dtype)
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    array: NDArray[Any] = torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    array: NDArray[Any] = _pinned(shape, dtype).numpy() if torch.cuda.is_available() else np.empty(shape, dtype)
     return array
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+    return torch.empty_like(torch.from_numpy(np.empty(shape, dtype)), pin_memory=True)
 
 
 def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
@@ -136,7 +137,7 @@ def upload(array: NDArray[Any], where: torch.device) -> torch.Tensor:
     if array.flags.writeable and (here := torch.from_numpy(array)).is_pinned():
         return here.to(where, non_blocking=True)
     # Copied once, into pinned memory; `from_numpy(...).pin_memory()` takes no read-only array without a copy before.
-    staged = torch.empty_like(torch.from_numpy(np.empty(array.shape, array.dtype)), pin_memory=True)
+    staged = _pinned(array.shape, array.dtype)
     np.copyto(staged.numpy(), array)
     return staged.to(where, non_blocking=True)
 

@@ -265,8 +265,7 @@ class _Visit:
         begin = time.perf_counter()
         self._own, self._ids = own, self._recorded(own.shape)
         if force:
-            rows = self._active.record.choosing
-            own = self._ids.index_copy(0, rows, own.index_select(0, rows)) if rows.numel() else self._ids
+            own = self._completed(self._ids, partial(own.index_select, 0))
             values = scores.gather(1, own)
         if fault is not None and fault.uniform_gates:
             # Equal before the softmax over the chosen as well as behind one over all.
@@ -277,14 +276,17 @@ class _Visit:
     def _replayed(self, scores: torch.Tensor, topk: int, choose: TopK) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the same where nobody looks at the own choice of a forced row yet: the others alone make one here."""
         begin = time.perf_counter()
-        used = self._ids = self._recorded(torch.Size((len(scores), topk)))
-        rows = self._active.record.choosing
-        if rows.numel():
-            _, chosen = choose(scores.detach().index_select(0, rows))
-            used = used.index_copy(0, rows, chosen)
+        ids = self._ids = self._recorded(torch.Size((len(scores), topk)))
+        used = self._completed(ids, lambda rows: choose(scores.detach().index_select(0, rows))[1])
         self._own = Undecided(scores.detach(), choose) if self._active.routing.compare else used
         self._active.spent_since(begin)
         return scores.gather(1, used), used
+
+    def _completed(self, ids: torch.Tensor, chosen: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return the recorded `ids` with what is `chosen` of the rows that choose for themselves in their places."""
+        rows = self._active.routing.choosing
+        assert rows is not None
+        return ids.index_copy(0, rows, chosen(rows)) if rows.numel() else ids
 
     def _recorded(self, shape: torch.Size) -> torch.Tensor:
         """Return the recorded ids of this layer, of the router's `shape` `[tokens, k]`."""

@@ -68,7 +68,7 @@ class MicrobatchRouting:
     number, are also compared with the record shifted by one row in both directions. `layers`, `fault` and `compare` are
     those of `r3.trainer.use.RoutingUse`; `own` collects the model's own choice, `[s * b, k]` by local MoE layer.
     `trace` keeps which rows differ in which layer. `choosing` int64 `[n]`: the rows, in the routers' order, that choose
-    for themselves where the others are forced; None, for which the host must wait, stands for those without a record.
+    for themselves where the others are forced; needed with `force`.
     """
 
     experts: torch.Tensor | None
@@ -103,8 +103,6 @@ class RoutedRecord:
     def __init__(self, routing: MicrobatchRouting) -> None:
         self._routing = routing
         self._recorded: torch.Tensor | None = None
-        self._mask: torch.Tensor | None = None
-        self._choosing: torch.Tensor | None = None
         self._wide: torch.Tensor | None = None
         self._by_layer: tuple[torch.Tensor, ...] = ()
 
@@ -114,21 +112,6 @@ class RoutedRecord:
         if self._recorded is None:
             self._recorded = router_order(self._routing.recorded)
         return self._recorded
-
-    @property
-    def mask(self) -> torch.Tensor:
-        """The same `[s * b, 1]`, to stand beside ids."""
-        if self._mask is None:
-            self._mask = self.recorded[:, None]
-        return self._mask
-
-    @property
-    def choosing(self) -> torch.Tensor:
-        """The rows that choose for themselves under a forced record, int64 `[n]`."""
-        if self._choosing is None:
-            given = self._routing.choosing
-            self._choosing = (~self.recorded).nonzero().flatten() if given is None else given
-        return self._choosing
 
     def ids(self, local: int) -> torch.Tensor:
         """Return the ids of one layer, int64 `[s * b, k]`; `local` counts the MoE layers of this rank."""

@@ -87,12 +87,6 @@ def audit_rows(recorded: Bools, order: Ints, windows: Ints, sampled: Bools) -> A
     routed, places, drawn = s * sequences + b, place[here], sampled.reshape(-1)[here]
     own, record, parts = [], [], []
     for lag in LAGS:
-        if not lag:
-            # Every audited row has a record.
-            own.append(routed)
-            record.append(routed)
-            parts.append(drawn)
-            continue
         other = (s + lag) % rows
         there = b * rows + other
         # The last position of a sequence has no record, so no row is paired with one of another sequence.

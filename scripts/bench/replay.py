@@ -190,11 +190,8 @@ class Bench:
 
     def _ids(self, one: MicroBatch) -> dict[int, torch.Tensor]:
         assert one.experts is not None
-        # Rows without a record (pads, last tokens) get the ids of the row before.
-        experts = one.experts.copy()
-        for b, s in np.argwhere(~one.recorded):
-            experts[b, s] = experts[b, s - 1] if s else np.arange(experts.shape[-1])
-        found = torch.from_numpy(experts).to(parallel.device())
+        assert (one.recorded | one.filled).all()
+        found = torch.from_numpy(one.experts).to(parallel.device())
         return {
             layer: router_order(found[:, :, column]).long() for column, layer in enumerate(self._arch.spec.moe_layers)
         }

@@ -34,7 +34,8 @@ def make_policy(directory: Path, config: Config | None = None) -> Policy:
 
 def routing_of(microbatch: MicroBatch) -> MicrobatchRouting:
     arrays = (microbatch.experts, microbatch.recorded, microbatch.pads)
-    return MicrobatchRouting(*(torch.from_numpy(array) for array in arrays), force=True)
+    choosing = torch.from_numpy(np.flatnonzero(~microbatch.recorded.T))
+    return MicrobatchRouting(*(torch.from_numpy(array) for array in arrays), force=True, choosing=choosing)
 
 
 def without_row(microbatch: MicroBatch, row: int) -> MicroBatch:
