@@ -81,7 +81,7 @@ class GroupedExperts(MegatronModule):
             # No group has a row. One expert's products keep every weight in the graph, with a gradient of zero.
             hidden = _weighted(F.linear(tokens, self.fc1[0]), probs)
             return F.linear(hidden, self.fc2[0]), None
-        ends = tokens_per_expert.cumsum(0).to(torch.int32).to(tokens.device, non_blocking=True)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(tokens.device, non_blocking=True)
         hidden = _weighted(F.grouped_mm(tokens, self.fc1.transpose(1, 2), offs=ends), probs)
         return F.grouped_mm(hidden, self.fc2.transpose(1, 2), offs=ends), None
 

@@ -91,7 +91,7 @@ class ReplayRouter(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         # Megatron-core masks `[tokens, experts]` with `[tokens]` here (0.16.1, 0.19.2): an error, or wrong when equal.
-        if padding_mask is not None:
+        if self.enable_expert_bias and padding_mask is not None:
             routing_map = routing_map & ~padding_mask[:, None]
         super()._apply_expert_bias(routing_map)
 

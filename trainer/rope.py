@@ -1,18 +1,44 @@
-"""Rotary embeddings of packed sequences without a look at the host.
+"""Rotary embeddings of packed sequences without a look at the host, their angles made once for all layers.
 
-Megatron-core asks the device for every sequence's length, in every layer, for queries and for keys, and (0.19) rotates
-one sequence at a time (`_apply_rotary_pos_emb_thd` in rope_utils.py, 0.16.1 and 0.19.2). On a GPU each look waits for
-all work before it. The same angles are picked here by an index that is made on the device, for all sequences at once.
+Megatron-core asks the device for every sequence's length, in every layer, for queries and for keys, (0.19) rotates one
+sequence at a time, and makes cosines and sines each time (`_apply_rotary_pos_emb_thd` and `_bshd` in rope_utils.py,
+0.16.1 and 0.19.2). On a GPU each look waits for all work before it, and each small kernel costs its launch. The same
+angles are picked here by an index that is made on the device, for all sequences at once, and kept with the microbatch.
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from r3.errors import ConfigError
 
 _UTILS = "megatron.core.models.common.embeddings.rope_utils"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """Cosines and sines `[t, 1, d]` of a microbatch's rows, and what they were made of."""
+
+    freqs: torch.Tensor
+    rows: int
+    dtype: torch.dtype
+    mscale: float
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def fits(self, freqs: torch.Tensor, rows: int, dtype: torch.dtype, mscale: float) -> bool:
+        # Recomputation hands on other tensors over the same memory, which `self.freqs` keeps from being used again.
+        same = self.freqs.data_ptr() == freqs.data_ptr() and self.freqs.shape == freqs.shape
+        return same and (self.rows, self.dtype, self.mscale) == (rows, dtype, mscale)
+
+
+# By the tensor that says where a microbatch's sequences begin, with which they go.
+_turns = WeakTensorKeyDictionary()
 
 
 def install() -> None:
@@ -22,17 +48,37 @@ def install() -> None:
 
 
 def rotate_packed(
-    t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, *args: Any, cp_group: Any = None, **kwargs: Any
+    t: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    freqs: torch.Tensor,
+    *,
+    mscale: float = 1.0,
+    cp_group: Any = None,
+    **kinds: bool,
 ) -> torch.Tensor:
     """Rotate `t` `[t, heads, d]` by the angles `freqs` `[longest, 1, 1, d]` of each row's place in its own sequence.
 
     `cu_seqlens` integers `[sequences + 1]`: where the sequences begin, over all context-parallel ranks; a rank of
-    `cp_group` has the zigzag chunks `rank` and `2 * size - 1 - rank` of each.
+    `cp_group` has the zigzag chunks `rank` and `2 * size - 1 - rank` of each. Raises `ConfigError` for another one of
+    Megatron-core's `kinds` of rotation (interleaved, latent), or a partial one; no model of the trainer has any.
     """
-    utils = importlib.import_module(_UTILS)
-    picked = freqs[positions(len(t), cu_seqlens, cp_group.rank(), cp_group.size())]
-    rotated: torch.Tensor = utils._apply_rotary_pos_emb_bshd(t.unsqueeze(1), picked, *args, **kwargs)
-    return rotated.squeeze(1)
+    asked = [name for name, is_set in kinds.items() if is_set]
+    if asked or freqs.shape[-1] != t.shape[-1]:
+        raise ConfigError(
+            f"packed sequences are rotated by halves of whole heads ({t.shape[-1]}), not {freqs.shape[-1]} wide "
+            f"{asked}; set trainer.packed: false"
+        )
+    turn = _turns.get(cu_seqlens)
+    if turn is None or not turn.fits(freqs, len(t), t.dtype, mscale):
+        turn = _turns[cu_seqlens] = _turn(t, cu_seqlens, freqs, mscale, cp_group)
+    first, second = t.chunk(2, -1)
+    return t * turn.cos + torch.cat((-second, first), -1) * turn.sin
+
+
+def _turn(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, mscale: float, cp_group: Any) -> _Turn:
+    angles = freqs[positions(len(t), cu_seqlens, cp_group.rank(), cp_group.size())].squeeze(1)
+    cos, sin = ((part * mscale).to(t.dtype) for part in (angles.cos(), angles.sin()))
+    return _Turn(freqs, len(t), t.dtype, mscale, cos, sin)
 
 
 def positions(rows: int, cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:

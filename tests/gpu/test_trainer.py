@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from r3.trainer import policy as policies
 from r3.trainer.architecture import Architecture
 from r3.trainer.batching import StepBatch, microbatch, plan_step
-from r3.trainer.counting import MicrobatchCounts, PassCounts
+from r3.trainer.counting import PassCounts
 from r3.trainer.outcome import Rehearsal, worst_difference
 from r3.trainer.policy import Policy, RoutingUse
 from r3.trainer.rehearsal import rehearse
-from r3.trainer.replay import ReplayContext, _Visit
-from r3.types import ModelSpec
 from tests.megatron.toys import make_advantages, make_batch, make_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("single_rank")]
@@ -80,34 +79,32 @@ def test_bfloat16_on_a_gpu_takes_grouped_experts_by_itself(model_dir: Path) -> N
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)
 
 
-def test_replay_never_waits_for_the_device(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyTorch raises where a call would synchronise; the rest of Megatron's MoE layer may.
-    calls = (_Visit, "get_replay_topk"), (_Visit, "account"), (MicrobatchCounts, "finish"), (PassCounts, "count")
-    for owner, name in calls:
-        method = getattr(owner, name)
+def test_no_pass_waits_for_the_device(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PyTorch raises where a call would synchronise: from the first microbatch to the end of counting.
+    schedule, count, watched = policies.get_forward_backward_func(), PassCounts.count, []
 
-        def watched(self: Any, *args: Any, method: Any = method, **kwargs: Any) -> Any:
-            with no_waiting():
-                return method(self, *args, **kwargs)
-
-        monkeypatch.setattr(owner, name, watched)
-    finish = ReplayContext.pads
-
-    def pads(self: ReplayContext) -> Any:
+    def passed(**given: Any) -> Any:
+        watched.append(given["forward_only"])
         with no_waiting():
-            return finish(self)
+            return schedule(**given)
 
-    monkeypatch.setattr(ReplayContext, "pads", pads)
+    def counted(self: PassCounts) -> None:
+        with no_waiting():
+            count(self)
+
+    monkeypatch.setattr(policies, "get_forward_backward_func", lambda: passed)
+    monkeypatch.setattr(PassCounts, "count", counted)
     config = make_config(trainer={"dtype": "bfloat16"})
     policy = Policy(config, Architecture.from_directory(model_dir), model_dir, updates=1)
-    spec: ModelSpec = policy.arch.spec
+    spec = policy.arch.spec
     batch = make_batch(spec)
     step = StepBatch.join([batch], make_advantages(batch), spec)
     plan, form = plan_step(step, config.trainer, 1, policy.form, policy.data)
@@ -115,3 +112,4 @@ def test_replay_never_waits_for_the_device(model_dir: Path, monkeypatch: pytest.
     found = policy.logprobs(microbatches, step, RoutingUse(force=True, audit=True))
     policy.update(microbatches, step, found.logprobs, None, RoutingUse(force=True, compare=False))
     assert found.counts.mismatched_ids == 0
+    assert watched == [True, False]

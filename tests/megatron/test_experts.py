@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from r3.config import TrainerConfig
 from r3.errors import ConfigError
@@ -132,6 +133,45 @@ def test_tokens_of_one_rank_take_the_way_that_megatron_takes(model_dir: Path, mo
         found.append([out, hidden.grad, layer.router.weight.grad, *(one.grad for one in layer.experts.parameters())])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_the_way_of_one_rank_asks_the_device_for_nothing(model_dir: Path) -> None:
+    config, arch = make_config(trainer=GROUPED), Architecture.from_directory(model_dir)
+    (chunk,) = build_chunks(config, arch, build_layout(config, arch), model_dir, replay=True)
+    dispatcher = chunk.decoder.layers[0].mlp.token_dispatcher
+    # A fake tensor has no values: what a host would have to wait for is an error.
+    with FakeTensorMode():
+        tokens = torch.randn(7, 3, arch.spec.hidden_size, requires_grad=True)
+        probs = torch.rand(21, arch.spec.num_experts, requires_grad=True)
+        sent, gates = dispatcher.dispatch_preprocess(tokens, torch.ones_like(probs, dtype=torch.bool), probs)
+        sent, _, gates = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(sent, gates))
+        back = dispatcher.combine_preprocess(sent * gates[:, None])
+        out = dispatcher.combine_postprocess(dispatcher.token_combine(back))
+        out.sum().backward()
+    assert len(sent) == 21 * arch.spec.top_k
+    for one in (tokens, probs):
+        assert one.grad is not None
+    assert tokens.shape == out.shape
+
+
+@pytest.mark.usefixtures("single_rank")
+def test_a_token_that_names_an_expert_twice_takes_a_place_behind_all_experts(model_dir: Path) -> None:
+    config, arch = make_config(trainer=GROUPED), Architecture.from_directory(model_dir)
+    (chunk,) = build_chunks(config, arch, build_layout(config, arch), model_dir, replay=True)
+    dispatcher, k = chunk.decoder.layers[0].mlp.token_dispatcher, arch.spec.top_k
+    ids = torch.stack([torch.arange(row, row + k) for row in range(5)])
+    ids[3] = ids[3, 0]
+    routing_map = torch.zeros(5, arch.spec.num_experts, dtype=torch.bool).scatter_(1, ids, True)
+    probs = torch.rand(5, arch.spec.num_experts)
+    tokens = torch.arange(5.0)[:, None]
+    found, gates = dispatcher.dispatch_preprocess(tokens, routing_map, probs)
+    experts, chosen = routing_map.T.nonzero(as_tuple=True)
+    assert len(found) == 5 * k > len(chosen)
+    assert found[: len(chosen), 0].tolist() == chosen.tolist()
+    assert torch.equal(gates[: len(chosen)], probs[chosen, experts])
+    assert dispatcher.tokens_per_expert.tolist() == routing_map.sum(0).tolist()
+    assert not found[len(chosen) :].any()
 
 
 def test_who_is_grouped(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

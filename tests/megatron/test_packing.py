@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r3.errors import ConfigError
 from r3.trainer import rope
-from r3.trainer.modules import SdpaAttention
+from r3.trainer.modules import RMSNorm, SdpaAttention
 from r3.trainer.packing import PADDING_LIMIT, Packing, plan_batches
 
 pytestmark = pytest.mark.megatron
@@ -68,16 +69,25 @@ def test_attention_and_its_gradients_are_those_of_one_sequence_at_a_time(lengths
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (2, 4)])
-@pytest.mark.parametrize("lengths", [[8, 24, 16], [16], [8] * 5])
-def test_rotary_embeddings_are_megatrons_to_the_bit(rank: int, size: int, lengths: list[int]) -> None:
-    # A module of its own, in which Megatron's function still stands.
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    """A module of its own, in which Megatron's function still stands."""
     spec = importlib.util.find_spec(UTILS)
     assert spec is not None
     assert spec.loader is not None
-    stock = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stock)
-    group = SimpleNamespace(size=lambda: size, rank=lambda: rank)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def context(rank: int, size: int) -> Any:
+    return SimpleNamespace(size=lambda: size, rank=lambda: rank)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2), (2, 4)])
+@pytest.mark.parametrize("lengths", [[8, 24, 16], [16], [8] * 5])
+def test_rotary_embeddings_are_megatrons_to_the_bit(stock: Any, rank: int, size: int, lengths: list[int]) -> None:
+    group = context(rank, size)
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     torch.manual_seed(1)
     t = torch.randn(sum(lengths) // size, 3, 16, requires_grad=True)
@@ -85,4 +95,60 @@ def test_rotary_embeddings_are_megatrons_to_the_bit(rank: int, size: int, length
     expected = stock._apply_rotary_pos_emb_thd(t, bounds, freqs, rotary_interleaved=False, cp_group=group)
     found = rope.rotate_packed(t, bounds, freqs, rotary_interleaved=False, cp_group=group)
     assert torch.equal(found, expected)
+    weights = torch.randn_like(t)
+    assert torch.equal(*(torch.autograd.grad(one, t, weights)[0] for one in (found, expected)))
     assert importlib.import_module(UTILS)._apply_rotary_pos_emb_thd is rope.rotate_packed
+
+
+def test_angles_are_made_once_for_a_microbatch_and_anew_for_whatever_differs(
+    stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.Size] = []
+    turn = rope._turn
+    monkeypatch.setattr(rope, "_turn", lambda t, *args: (made.append(t.shape), turn(t, *args))[1])
+    torch.manual_seed(2)
+    freqs, others = torch.randn(2, 5, 1, 1, 8)
+    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
+
+    def rotate(heads: int, freqs: torch.Tensor, bounds: torch.Tensor, **kinds: Any) -> int:
+        """Rotate as Megatron-core does, or fail; return how many times angles were made for it."""
+        t = torch.randn(int(bounds[-1]), heads, 8).to(kinds.pop("dtype", torch.float32))
+        before = len(made)
+        found = rope.rotate_packed(t, bounds, freqs, cp_group=context(0, 1), **kinds)
+        assert torch.equal(found, stock._apply_rotary_pos_emb_thd(t, bounds, freqs, cp_group=context(0, 1), **kinds))
+        return len(made) - before
+
+    # Queries, keys, and another tensor over the same angles, as recomputation hands it on.
+    assert [rotate(4, freqs, bounds), rotate(2, freqs, bounds), rotate(4, freqs.detach(), bounds)] == [1, 0, 0]
+    assert rotate(4, others, bounds) == 1
+    assert rotate(4, others, bounds, mscale=2.0) == 1
+    assert rotate(4, others, bounds, mscale=2.0, dtype=torch.bfloat16) == 1
+    # Other microbatches, whose bounds may lie where those of one before lay.
+    for lengths in ([3, 5], [5, 3], [2, 2, 4]):
+        assert rotate(4, others, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)) == 1
+
+
+def test_a_kind_of_rotation_that_no_model_has_is_refused() -> None:
+    t, freqs, bounds = torch.zeros(4, 1, 8), torch.zeros(4, 1, 1, 8), torch.tensor([0, 4], dtype=torch.int32)
+    for kinds in ({"rotary_interleaved": True}, {"mla_rotary_interleaved": True}):
+        with pytest.raises(ConfigError, match=next(iter(kinds))):
+            rope.rotate_packed(t, bounds, freqs, cp_group=context(0, 1), **kinds)
+    with pytest.raises(ConfigError, match=r"whole heads \(8\), not 4 wide"):
+        rope.rotate_packed(t, bounds, freqs[..., :4], cp_group=context(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_computed_in_fp32_to_the_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), 24)
+    with torch.no_grad():
+        norm.weight.copy_(1 + torch.randn(24) / 4)
+    hidden = (3 * torch.randn(7, 2, 24)).to(dtype).requires_grad_()
+    wide = hidden.float()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight.float()
+    found, weights = norm(hidden), torch.randn(7, 2, 24).to(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.to(dtype))
+    ours, theirs = (torch.autograd.grad(one, [hidden, norm.weight], weights) for one in (found, exact.to(dtype)))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)

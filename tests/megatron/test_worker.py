@@ -312,9 +312,9 @@ def repeating(batch: Batch, spec: ModelSpec, sample: int, layer: int = 1) -> Bat
 REPEATED = r"group 1, member 2\): row 3, layer {} repeats an expert"
 
 
-@pytest.mark.parametrize("mode", ["r3", "none"])
-def test_a_sealed_record_that_repeats_an_expert_stops_the_step(model_dir: Path, mode: str) -> None:
-    with joined_worker(make_config(replay={"mode": mode}), model_dir) as worker:
+@pytest.mark.parametrize(("mode", "experts"), [("r3", "sequential"), ("r3", "grouped"), ("none", "sequential")])
+def test_a_sealed_record_that_repeats_an_expert_stops_the_step(model_dir: Path, mode: str, experts: str) -> None:
+    with joined_worker(make_config(replay={"mode": mode}, trainer={"experts": experts}), model_dir) as worker:
         batch = repeating(make_batch(worker.spec()), worker.spec(), sample=5)
         before = weights(worker)
         with pytest.raises(RoutingError, match=REPEATED.format(1)):
