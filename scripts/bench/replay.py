@@ -219,10 +219,11 @@ def profiled(bench: Bench, steps: int) -> list[Row]:
         with torch.profiler.profile(activities=[kind]) as profile:
             for _ in range(steps):
                 bench.run(way)
-        found[way] = {
-            one.key: ((one.self_device_time_total if on_gpu else one.self_cpu_time_total) / steps, one.count / steps)
-            for one in profile.key_averages()
-        }
+        spent = (
+            (one, one.self_device_time_total if on_gpu else one.self_cpu_time_total) for one in profile.key_averages()
+        )
+        # Of a GPU the profile has the host's calls, too; those take none of its time.
+        found[way] = {one.key: (time / steps, one.count / steps) for one, time in spent if time > 0}
     base, rows = found["off"], []
     for way, parts in found.items():
         total, count = (sum(part[i] for part in parts.values()) for i in (0, 1))
