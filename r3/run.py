@@ -126,12 +126,16 @@ class RunDirectory:
         """Append one event (`canary`, `worker_replaced`, `sample_dropped`...) to `events.jsonl`."""
         _append(self.path / "events.jsonl", {"time": round(time.time(), 3), "event": kind, **facts})
 
+    def last_event(self, kind: str) -> dict[str, Any] | None:
+        """Return the last event of a kind, None without any."""
+        events = self.path / "events.jsonl"
+        found = [row for row in (read_rows(events) if events.exists() else []) if row["event"] == kind]
+        return found[-1] if found else None
+
     def final_evaluation(self) -> float | None:
         """Return the held-out reward after the last step, or None when it was not measured."""
-        events = self.path / "events.jsonl"
-        rows = read_rows(events) if events.exists() else []
-        found = [row["eval/reward_mean"] for row in rows if row["event"] == "final_evaluation"]
-        return found[-1] if found else None
+        event = self.last_event("final_evaluation")
+        return None if event is None else event["eval/reward_mean"]
 
     def write_status(self, state: str, **facts: object) -> None:
         """Replace `status.json` atomically: a Ray job only reports success or failure, this file says which."""

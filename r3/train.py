@@ -148,7 +148,10 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None, sig
     task = open_task(config.task)
     model = resolve_model(config.model.path, target_reward=config.model.warm_start_reward, seed=config.run.seed)
 
+    import ray
+
     from r3.cluster import ray_cluster
+    from r3.environment import environment
     from r3.loop import Actors, train
     from r3.rollout.pool import RolloutPool
     from r3.sync import WeightSync
@@ -160,6 +163,7 @@ def _train(config: Config, run: RunDirectory, checkpoint: Checkpoint | None, sig
     try:
         # `ray.init` puts a handler of its own in the place of ours.
         with ray_cluster(config) as places, sigterm.raised():
+            run.log_event("environment", **environment(ray.nodes()))
             print(
                 f"starting {config.rollout.workers} rollout and {config.trainer.processes} trainer actors", flush=True
             )

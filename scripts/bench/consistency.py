@@ -22,7 +22,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.bench.table import ROOT, Row, commit, row, show, write
+from r3.environment import commit as this_commit
+from scripts.bench.table import ROOT, Row, row, show, write
 
 COLUMNS = {
     "k3": "nats", "k1": "nats", "abs_mean": "nats", "extreme_1p2": "share of tokens", "extreme_1p5": "share of tokens",
@@ -82,7 +83,7 @@ def main() -> int:
                 return code or 1
         study = json.loads(file.read_text())
     rows = list(rows_of(study))
-    write(options.out, facts_of(study, options.commit or commit()), rows)
+    write(options.out, facts_of(study, options.commit or this_commit() or "unknown"), rows)
     show(rows)
     return code
 

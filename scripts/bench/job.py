@@ -6,7 +6,8 @@
 
 Rewards are means over the first and the last sixth of the steps. Intervals are 95 % percentile bootstraps over steps;
 that of a ratio draws both sides of a step together. Without replay (`native`) means: the same batches, in the passes
-that `metrics.counterfactual_every` asks for. Anything behind `--` goes to `r3.train` as an override.
+that `metrics.counterfactual_every` asks for. Host, versions and commit are those that the run names. Anything behind
+`--` goes to `r3.train` as an override.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 import yaml
 
 from r3.run import RESOLVED, RunDirectory, read_rows
-from scripts.bench.table import ROOT, Row, bootstrap, environment, row, show, write
+from scripts.bench.table import ROOT, Row, bootstrap, row, show, write
 
 # Of a step's seconds; what is left is the driver's.
 PARTS = ("generate_s", "train_s", "install_s", "weights_s")
@@ -119,7 +120,8 @@ def _times(steps: Sequence[Metrics]) -> Iterator[Row]:
 def condense(run: Path) -> tuple[dict[str, Any], list[Row]]:
     """Return what a run directory says of itself, and its table."""
     config = yaml.safe_load((run / RESOLVED).read_text())
-    facts = {
+    directory = RunDirectory(run)
+    facts = made_with(directory.last_event("environment")) | {
         "run": config["run"]["name"],
         "model": config["model"]["path"],
         "rollout": {
@@ -131,8 +133,18 @@ def condense(run: Path) -> tuple[dict[str, Any], list[Row]]:
         "group_size": config["grpo"]["group_size"],
         "status": json.loads((run / "status.json").read_text())["state"],
     }
-    directory = RunDirectory(run)
     return facts, rows_of(read_rows(directory.metrics), directory.final_evaluation())
+
+
+def made_with(event: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return host, versions and commit that a run names in its event `environment`, "unknown" where it has none."""
+    if event is None:
+        return {"host": "unknown", "versions": {}, "commit": "unknown"}
+    nodes = [
+        f"{node['count']} x ({node['gpus']:g} {node['gpu_kind'] or ''} GPUs, {node['cpus']:g} cores)".replace("  ", " ")
+        for node in event["nodes"]
+    ]
+    return {"host": ", ".join(nodes), "versions": event["versions"], "commit": event["commit"] or "unknown"}
 
 
 def train(options: argparse.Namespace, run: Path) -> int:
@@ -151,7 +163,7 @@ def main() -> int:
         if not (run / "metrics.jsonl").is_file():
             return code or 1
     facts, rows = condense(run)
-    write(options.out, environment(**facts), rows)
+    write(options.out, facts, rows)
     show(rows)
     return code
 

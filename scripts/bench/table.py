@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from r3.environment import commit, versions
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "megatron-core", "sglang", "transformers", "ray")
 _RESAMPLES = 10_000
 
 Row = dict[str, Any]
@@ -69,23 +68,11 @@ def environment(**facts: Any) -> Row:
 
     gpus = torch.cuda.device_count()
     host = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "no GPU"
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "host": f"{host}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": versions,
-        "commit": commit(),
+        "versions": versions(),
+        "commit": commit() or "unknown",
     } | facts
-
-
-def commit() -> str:
-    """Return the commit of this tree, from `R3_COMMIT` where it came without its history."""
-    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return os.environ.get("R3_COMMIT") or found.stdout.strip() or "unknown"
 
 
 def show(rows: Sequence[Row]) -> None:

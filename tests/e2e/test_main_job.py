@@ -107,6 +107,9 @@ def test_the_run_directory_is_complete(replayed: tuple[Path, str], warm_model: P
     directory, output = replayed
     assert json.loads((directory / "status.json").read_text())["state"] == "done"
     events = {row["event"]: row for row in read_rows(directory / "events.jsonl")}
+    made = events["environment"]
+    assert {"python", "r3", "torch", "ray", "sglang", "megatron-core"} <= set(made["versions"])
+    assert [(node["count"], node["gpus"]) for node in made["nodes"]] == [(1, 0)]
     (engines,) = events["engines"]["found"]
     assert re.fullmatch(r"\d x sglang 0\.5\.\d+, provenance exact; rows come through shared memory", engines)
     assert f"\n{engines}\n" in output

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from scripts._dist_info import write as write_metadata
-from scripts.bench import table
+from scripts.bench import job, table
 from tests.made_up_run import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +21,19 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_run_is_condensed_into_a_table(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=30)
+    made = {"versions": {"python": "3.12.3", "torch": "2.11.0"}, "commit": None, "driver": "Linux x86_64, 4 cores"}
+    node = {"count": 2, "cpus": 16.0, "gpus": 1.0, "gpu_kind": "H200"}
+    run.log_event("environment", **made, nodes=[node | {"gpu_kind": None}])
+    # The last one counts: a resumed run has one for each start.
+    run.log_event("environment", **made, nodes=[node, {"count": 1, "cpus": 8.0, "gpus": 0, "gpu_kind": None}])
     command = [sys.executable, "scripts/bench/job.py", "--run", run.path, "--out", tmp_path / "job.json"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "job.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
     assert found["environment"]["status"] == "done"
-    assert found["environment"]["versions"]["python"]
+    assert found["environment"]["host"] == "2 x (1 H200 GPUs, 16 cores), 1 x (0 GPUs, 8 cores)"
+    assert found["environment"]["versions"] == made["versions"]
+    assert found["environment"]["commit"] == "unknown"
     assert rows["steps"]["value"] == 30
     first, last = rows["reward, first 5 steps"], rows["reward, last 5 steps"]
     assert first["ci95"][0] < first["value"] < first["ci95"][1] < last["ci95"][0]
@@ -39,6 +46,11 @@ def test_a_run_is_condensed_into_a_table(tmp_path: Path) -> None:
     assert rows["disagreement inside the replayed pass, layer 3"]["value"] == pytest.approx(0.004)
     assert rows["time/generate_s, median"]["ratio"] == pytest.approx(0.5)
     assert rows["router/coverage, min over steps"]["value"] == 1
+
+
+def test_a_run_that_does_not_say_what_it_was_made_with_gets_nothing_from_this_machine(tmp_path: Path) -> None:
+    facts, _ = job.condense(make_run(tmp_path / "run", steps=6).path)
+    assert (facts["host"], facts["versions"], facts["commit"]) == ("unknown", {}, "unknown")
 
 
 def test_the_bootstrap_of_a_ratio_draws_both_sides_of_a_step_together() -> None:
