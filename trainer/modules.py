@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from r3.trainer.megatron import MegatronModule, TransformerConfig, parallel_state
 from r3.trainer.packing import Packing
 
+# PyTorch with this kernel computes bfloat16 in fp32 by itself, on a GPU in one launch where casts make it four. Earlier
+# ones (seen in the source of 2.4) round before they multiply by the weight.
+_ROUNDS_ONCE = hasattr(torch, "_fused_rms_norm")
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32."""
@@ -29,8 +33,9 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the normalised `hidden` `[..., hidden_size]` in its own dtype."""
-        # PyTorch computes bfloat16 in fp32 by itself, on a GPU in one kernel; casts around it are three more.
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        if _ROUNDS_ONCE:
+            return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(hidden.float(), (hidden.shape[-1],), self.weight.float(), self.eps).to(hidden.dtype)
 
 
 class SdpaAttention(MegatronModule):

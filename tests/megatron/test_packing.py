@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3.errors import ConfigError
-from r3.trainer import rope
+from r3.trainer import modules, rope
 from r3.trainer.modules import RMSNorm, SdpaAttention
 from r3.trainer.packing import PADDING_LIMIT, Packing, plan_batches
 
@@ -137,8 +137,12 @@ def test_a_kind_of_rotation_that_no_model_has_is_refused() -> None:
         rope.rotate_packed(t, bounds, freqs[..., :4], cp_group=context(0, 1))
 
 
+@pytest.mark.parametrize("rounds_once", [modules._ROUNDS_ONCE, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_are_computed_in_fp32_to_the_bit(dtype: torch.dtype) -> None:
+def test_norms_are_computed_in_fp32_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rounds_once: bool
+) -> None:
+    monkeypatch.setattr(modules, "_ROUNDS_ONCE", rounds_once)
     torch.manual_seed(3)
     norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=False), 24)
     with torch.no_grad():
