@@ -25,16 +25,14 @@ class _Turn:
     """Cosines and sines `[t, 1, d]` of a microbatch's rows, and what they were made of."""
 
     freqs: torch.Tensor
-    rows: int
-    dtype: torch.dtype
     mscale: float
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def fits(self, freqs: torch.Tensor, rows: int, dtype: torch.dtype, mscale: float) -> bool:
+    def fits(self, t: torch.Tensor, freqs: torch.Tensor, mscale: float) -> bool:
         # Recomputation hands on other tensors over the same memory, which `self.freqs` keeps from being used again.
         same = self.freqs.data_ptr() == freqs.data_ptr() and self.freqs.shape == freqs.shape
-        return same and (self.rows, self.dtype, self.mscale) == (rows, dtype, mscale)
+        return same and (len(self.cos), self.cos.dtype, self.mscale) == (len(t), t.dtype, mscale)
 
 
 # By the tensor that says where a microbatch's sequences begin, with which they go.
@@ -69,7 +67,7 @@ def rotate_packed(
             f"{asked}; set trainer.packed: false"
         )
     turn = _turns.get(cu_seqlens)
-    if turn is None or not turn.fits(freqs, len(t), t.dtype, mscale):
+    if turn is None or not turn.fits(t, freqs, mscale):
         turn = _turns[cu_seqlens] = _turn(t, cu_seqlens, freqs, mscale, cp_group)
     first, second = t.chunk(2, -1)
     return t * turn.cos + torch.cat((-second, first), -1) * turn.sin
@@ -78,7 +76,7 @@ def rotate_packed(
 def _turn(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, mscale: float, cp_group: Any) -> _Turn:
     angles = freqs[positions(len(t), cu_seqlens, cp_group.rank(), cp_group.size())].squeeze(1)
     cos, sin = ((part * mscale).to(t.dtype) for part in (angles.cos(), angles.sin()))
-    return _Turn(freqs, len(t), t.dtype, mscale, cos, sin)
+    return _Turn(freqs, mscale, cos, sin)
 
 
 def positions(rows: int, cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
